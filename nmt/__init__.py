@@ -1,0 +1,1 @@
+"""Text to translation: corpus, subwords, batches, model, trainer, checkpoints, evaluation, export."""

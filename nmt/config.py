@@ -1,0 +1,180 @@
+"""The settings of data, model and training, as frozen dataclasses.
+
+Light on purpose: nothing here imports torch or fairseq, so a recipe is checked as a whole in milliseconds.
+A bad value raises `ValueError("key: what is wrong; valid choices")`; the recipe reader puts file and line before it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+DIRECTIONS = ("en-cs", "cs-en")
+
+
+def require(condition: bool, key: str, message: str) -> None:
+    """Raise `ValueError("key: message")` unless `condition` holds; for `__post_init__` of configurations."""
+    if not condition:
+        raise ValueError(f"{key}: {message}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    train: str | dict[str, str] = "embedded"
+    """`embedded` (the corpus that ships with tenko), one TSV file whose first two columns are English and Czech, or
+    `{en: FILE, cs: FILE}`, two aligned files of one sentence a line. Plain, .gz, .xz or .zst, UTF-8."""
+    valid: str | dict[str, str] | None = None
+    """Sentences to validate on, same forms as `train`; null holds out `valid_size` pairs of `train`."""
+    test: str | dict[str, str] | None = None
+    """Sentences for the final BLEU, same forms; null holds out `test_size` pairs of `train`."""
+    valid_size: int = 500
+    """About how many pairs to hold out when `valid` is null, chosen by a hash of the normalised source."""
+    test_size: int = 1000
+    """The same for `test`."""
+    vocab_size: int = 4000
+    """Size of the joint sentencepiece BPE vocabulary, special symbols included."""
+    max_tokens_per_sentence: int = 128
+    """Pairs with a side of more subwords are dropped."""
+    max_ratio: float = 3.0
+    """Pairs whose lengths in characters differ by a larger factor are dropped."""
+    cache: str = "runs/data"
+    """Folder of binarized corpora, named by the hash of their inputs; runs with the same inputs share one."""
+
+    def __post_init__(self) -> None:
+        for key in ("train", "valid", "test"):
+            value = getattr(self, key)
+            if isinstance(value, dict):
+                require(set(value) == {"en", "cs"}, key, f"needs the keys en and cs, has {sorted(value) or 'none'}")
+        require(self.valid_size > 0, "valid_size", f"must be at least 1, is {self.valid_size}")
+        require(self.test_size > 0, "test_size", f"must be at least 1, is {self.test_size}")
+        require(64 <= self.vocab_size <= 1_000_000, "vocab_size", f"must be 64 to 1000000, is {self.vocab_size}")
+        require(self.max_tokens_per_sentence >= 2, "max_tokens_per_sentence", "must be at least 2")
+        require(self.max_ratio > 1, "max_ratio", f"must be above 1, is {self.max_ratio}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    arch: str = "transformer"
+    """A fairseq architecture of its `transformer` model, for instance transformer, transformer_iwslt_de_en,
+    transformer_wmt_en_de (base), transformer_vaswani_wmt_en_de_big. What is null below is what it says."""
+    encoder_layers: int | None = None
+    """Layers of the encoder."""
+    decoder_layers: int | None = None
+    """Layers of the decoder."""
+    embed_dim: int | None = None
+    """Width of encoder and decoder."""
+    ffn_dim: int | None = None
+    """Inner width of the feed-forward blocks."""
+    attention_heads: int | None = None
+    """Heads of every attention; must divide `embed_dim`."""
+    dropout: float | None = None
+    """Dropout on embeddings and on what each block adds."""
+    attention_dropout: float | None = None
+    """Dropout on attention weights."""
+    activation_dropout: float | None = None
+    """Dropout inside the feed-forward blocks."""
+    normalize_before: bool | None = None
+    """Layer norm before each block (pre-norm) in encoder and decoder; false is the Transformer of 2017."""
+    share_all_embeddings: bool = True
+    """Encoder, decoder and output share one embedding table (the vocabulary is joint)."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Any other option of fairseq's transformer, by its own name, for instance {activation_fn: gelu}."""
+
+    def __post_init__(self) -> None:
+        for key in ("encoder_layers", "decoder_layers", "embed_dim", "ffn_dim", "attention_heads"):
+            value = getattr(self, key)
+            require(value is None or value >= 1, key, f"must be at least 1, is {value}")
+        for key in ("dropout", "attention_dropout", "activation_dropout"):
+            value = getattr(self, key)
+            require(value is None or 0 <= value < 1, key, f"must be in [0, 1), is {value}")
+        if self.embed_dim and self.attention_heads:
+            require(
+                self.embed_dim % self.attention_heads == 0,
+                "attention_heads",
+                f"must divide embed_dim ({self.embed_dim}), is {self.attention_heads}",
+            )
+        require(self.embed_dim is None or self.embed_dim % 2 == 0, "embed_dim", "must be even (sinusoidal positions)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeConfig:
+    beam: int = 4
+    """Hypotheses kept by beam search; 1 is greedy."""
+    length_penalty: float = 1.0
+    """Exponent of the length that scores are divided by; above 1 favours long translations."""
+    max_tokens: int = 4000
+    """Source tokens a batch while decoding."""
+
+    def __post_init__(self) -> None:
+        require(self.beam >= 1, "beam", f"must be at least 1, is {self.beam}")
+        require(self.max_tokens >= 1, "max_tokens", f"must be at least 1, is {self.max_tokens}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    max_update: int = 2000
+    """Updates (optimizer steps) in all."""
+    max_tokens: int = 1500
+    """Tokens of a micro-batch, padding included, on each rank (fairseq's max_tokens)."""
+    update_freq: int = 1
+    """Micro-batches accumulated on each rank before an update."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """auto takes bf16 where the processor or GPU multiplies it natively, else fp32. fp16 scales the loss."""
+    lr: float = 5e-4
+    """Peak learning rate."""
+    warmup_updates: int = 4000
+    """Updates of linear warm-up from `warmup_init_lr` to `lr`; then lr * sqrt(warmup_updates / update)."""
+    warmup_init_lr: float = 1e-7
+    """Learning rate at update 0."""
+    adam_betas: tuple[float, float] = (0.9, 0.98)
+    """Adam's decay rates."""
+    adam_eps: float = 1e-8
+    """Adam's epsilon."""
+    weight_decay: float = 0.0
+    """Decoupled (AdamW) weight decay."""
+    clip_norm: float = 0.0
+    """Clip the global gradient norm to this; 0 does not clip."""
+    label_smoothing: float = 0.1
+    """Label smoothing of the cross entropy."""
+    init_scale: float = 128.0
+    """First loss scale (fp16)."""
+    scale_window: int = 2000
+    """Updates without overflow after which the loss scale doubles (fp16)."""
+    min_loss_scale: float = 1e-4
+    """Stop with an error when the loss scale falls below (fp16)."""
+    log_interval: int = 50
+    """Updates between lines of metrics."""
+    valid_interval: int = 500
+    """Updates between validations (loss and BLEU)."""
+    valid_sentences: int = 200
+    """Sentences of the validation set translated for BLEU; the loss takes all."""
+    save_interval: int = 500
+    """Updates between checkpoints."""
+    keep_last: int = 3
+    """Checkpoints kept; the best by BLEU is kept beside them."""
+    average_last: int = 1
+    """The artefact averages the weights of this many last checkpoints; 1 takes the best by validation BLEU."""
+    patience: int = 0
+    """Stop after this many validations without a better BLEU; 0 never stops early."""
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    """Beam search for validation and test."""
+
+    def __post_init__(self) -> None:
+        at_least_one = (
+            "max_update max_tokens update_freq log_interval valid_interval valid_sentences save_interval "
+            "keep_last average_last scale_window"
+        )
+        for key in at_least_one.split():
+            require(getattr(self, key) >= 1, key, f"must be at least 1, is {getattr(self, key)}")
+        for key in ("lr", "adam_eps", "init_scale", "min_loss_scale"):
+            require(getattr(self, key) > 0, key, f"must be above 0, is {getattr(self, key)}")
+        for key in ("warmup_updates", "warmup_init_lr", "weight_decay", "clip_norm", "patience"):
+            require(getattr(self, key) >= 0, key, f"must be at least 0, is {getattr(self, key)}")
+        require(0 <= self.label_smoothing < 1, "label_smoothing", f"must be in [0, 1), is {self.label_smoothing}")
+        betas = self.adam_betas
+        require(len(betas) == 2 and all(0 <= b < 1 for b in betas), "adam_betas", f"must be two in [0, 1), is {betas}")
+        require(
+            self.average_last <= self.keep_last,
+            "average_last",
+            f"must be at most keep_last ({self.keep_last}), is {self.average_last}",
+        )

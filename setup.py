@@ -1,0 +1,56 @@
+"""Installs the four folders as tenko.launch, tenko.nmt, tenko.compression and tenko.comm, and the recipes as data."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).parent
+FOLDERS = ("launch", "nmt", "compression", "comm", "recipes")
+
+setup(
+    name="tenko",
+    version="0.1.0",
+    description="English-Czech translation Transformers: trained over thin wires, shipped thin on disk",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    license_files=["LICENSE", "nmt/embedded/ATTRIBUTIONS.md", "nmt/embedded/licenses/*"],
+    python_requires=">=3.11,<3.13",
+    packages=[f"tenko.{folder}" for folder in FOLDERS],
+    package_dir={f"tenko.{folder}": folder for folder in FOLDERS},
+    package_data={
+        "tenko.nmt": ["py.typed", "embedded/*", "embedded/licenses/*"],
+        "tenko.recipes": ["*.yaml"],
+        "tenko.launch": ["py.typed"],
+        "tenko.compression": ["py.typed"],
+        "tenko.comm": ["py.typed"],
+    },
+    install_requires=[
+        "torch>=2.9",
+        "ve-fairseq==0.12.3",
+        "accelerate>=1.10",
+        "sentencepiece>=0.2",
+        "sacrebleu>=2.5",
+        "safetensors>=0.5",
+        "numba>=0.61",
+        "numpy>=2",
+        "pyyaml>=6",
+        "typer>=0.16",
+        "rich>=13",
+        "matplotlib>=3.9",
+        "zstandard>=0.23",
+    ],
+    extras_require={
+        "ctranslate2": ["ctranslate2>=4.8"],
+        "gpu": ["triton>=3"],
+        "trackers": ["tensorboard>=2.18"],
+        "dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.12", "mypy>=1.16", "types-PyYAML", "ctranslate2>=4.8"],
+    },
+    entry_points={"console_scripts": ["tenko = tenko.launch.cli:main"]},
+    classifiers=[
+        "License :: OSI Approved :: MIT License",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
