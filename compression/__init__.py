@@ -1,1 +1,40 @@
-"""A thinner model: one module a technique, one protocol for all, one packed file format."""
+"""A thinner model: one module a technique, one protocol for all, one packed file format.
+
+Names are imported on first use, so that a recipe can be checked (`tenko.compression.config`) without torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import QuantizeConfig
+    from .int8 import Int8PerChannel
+    from .packed import artefact_bytes, read_artefact, write_artefact
+    from .technique import Packed, Technique, select_weights
+
+__all__ = [
+    "Int8PerChannel",
+    "Packed",
+    "QuantizeConfig",
+    "Technique",
+    "artefact_bytes",
+    "read_artefact",
+    "select_weights",
+    "write_artefact",
+]
+
+_HOME = {
+    "Int8PerChannel": "int8",
+    "QuantizeConfig": "config",
+    "artefact_bytes": "packed",
+    "read_artefact": "packed",
+    "write_artefact": "packed",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME.get(name, 'technique')}", __name__), name)
