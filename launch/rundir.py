@@ -1,0 +1,261 @@
+"""The run directory: who may write it, what is finished, what a stage is told.
+
+    runs/NAME/config.yaml       the resolved recipe; a later run of the directory must agree with it
+    runs/NAME/lock              held while a run is on (flock, so that a killed run leaves no stale lock)
+    runs/NAME/report.html       curves, table of stages, sample translations
+    runs/NAME/logs/             what workers wrote, one file each
+    runs/NAME/1-train/          config.yaml metrics.jsonl checkpoints/ artefact/ report.html, and last result.json
+
+A stage with a result.json is finished and left alone; without one it resumes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from .files import read_json, write_text_atomic
+from .recipe import Recipe, StageSpec, config_to_dict, dump, dump_plain, loads, to_dict
+from .settings import join
+
+if TYPE_CHECKING:
+    from .progress import Reporter
+
+CONFIG, LOCK, REPORT, LOGS = "config.yaml", "lock", "report.html", "logs"
+RESULT, METRICS, ARTEFACT, CHECKPOINTS = "result.json", "metrics.jsonl", "artefact", "checkpoints"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageContext:
+    """What a stage is given. All ranks get equal ones, but for the reporter, which only speaks on rank 0."""
+
+    recipe: Recipe
+    """The whole recipe."""
+    stage: StageSpec
+    """This stage: kind, name, config."""
+    directory: Path
+    """The stage's own folder; exists, with its config.yaml."""
+    previous: Path | None
+    """Folder of the stage before, finished; None for the first."""
+    run_dir: Path
+    """The run directory."""
+    reporter: Reporter
+    """Progress and log lines."""
+    resume: bool
+    """Whether an earlier run left checkpoints of this stage to go on from; the same on all ranks. A stage that begins
+    anew (False) must still call `MetricsLog.truncate_after(0)`: a run cut before its first checkpoint left lines."""
+
+    @property
+    def artefact(self) -> Path:
+        """Folder of the stage's artefact."""
+        return self.directory / ARTEFACT
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the stage's checkpoints."""
+        return self.directory / CHECKPOINTS
+
+    @property
+    def metrics_path(self) -> Path:
+        """The stage's metrics.jsonl."""
+        return self.directory / METRICS
+
+    @property
+    def result_path(self) -> Path:
+        """The stage's result.json: written last, by rank 0, with `files.write_json_atomic`."""
+        return self.directory / RESULT
+
+
+class RunDirectory:
+    """A run directory and the recipe in it."""
+
+    def __init__(self, path: Path, recipe: Recipe) -> None:
+        self.path = path
+        self.recipe = recipe
+
+    @classmethod
+    def read(cls, path: Path) -> RunDirectory:
+        """An existing run directory, to look at.
+
+        Raises:
+            ValueError: it is none, or its config.yaml is damaged.
+        """
+        config = path / CONFIG
+        if not config.is_file():
+            what = f"has no {CONFIG}" if path.is_dir() else "does not exist"
+            raise ValueError(f"{path}: {what}; give the run directory of a `tenko run`, for instance runs/demo")
+        return cls(path, loads(config.read_text(encoding="utf-8"), str(config)))
+
+    @classmethod
+    def create(cls, path: Path, recipe: Recipe) -> RunDirectory:
+        """Make the directory, or go on with one whose recipe agrees. The caller holds its `RunLock`.
+
+        A recipe may differ in `threads` and may have more stages at the end.
+
+        Raises:
+            ValueError: it belongs to another recipe; names the first key that differs, and both values.
+            OSError: it cannot be written.
+        """
+        config = path / CONFIG
+        if config.exists():
+            try:
+                old = loads(config.read_text(encoding="utf-8"), str(config))
+            except ValueError as error:
+                raise ValueError(f"{error}; {_other(path)}") from None
+            difference = first_difference(to_dict(old), to_dict(recipe))
+            if difference is not None:
+                key, before, now = difference
+                raise ValueError(f"{path}: began with {key}: {before}, the recipe now says {now}; {_other(path)}")
+        text = dump(recipe)
+        if not config.exists() or config.read_text(encoding="utf-8") != text:
+            write_text_atomic(config, text)
+        return cls(path, recipe)
+
+    def stage_directory(self, index: int) -> Path:
+        """Folder of the stage of that index, counted from 0."""
+        return self.path / f"{index + 1}-{self.recipe.stages[index].name}"
+
+    def is_finished(self, index: int) -> bool:
+        """Whether that stage is done."""
+        return (self.stage_directory(index) / RESULT).is_file()
+
+    def result(self, index: int) -> dict[str, Any] | None:
+        """The figures of that stage, or None if it is not finished."""
+        if not self.is_finished(index):
+            return None
+        result = read_json(self.stage_directory(index) / RESULT)
+        if not isinstance(result, dict):
+            raise ValueError(f"{self.stage_directory(index) / RESULT}: damaged: not an object")
+        return result
+
+    def find_stage(self, name: str | None) -> Path:
+        """Folder of a finished stage; the last finished one when `name` is None.
+
+        Raises:
+            ValueError: no such stage, or not finished; names those that are.
+        """
+        finished = {spec.name: i for i, spec in enumerate(self.recipe.stages) if self.is_finished(i)}
+        if not finished:
+            raise ValueError(f"{self.path}: no stage is finished yet; `tenko run` goes on with it")
+        if name is None:
+            return self.stage_directory(max(finished.values()))
+        if name not in finished:
+            known = any(spec.name == name for spec in self.recipe.stages)
+            what = f"stage {name} is not finished" if known else f"no stage {name}"
+            raise ValueError(f"--stage: {what} in {self.path}; finished: {', '.join(finished)}")
+        return self.stage_directory(finished[name])
+
+    def artefact(self, name: str | None) -> Path:
+        """Folder of a finished stage's artefact. Raises: ValueError as `find_stage`, or when it is gone."""
+        artefact = self.find_stage(name) / ARTEFACT
+        if not artefact.is_dir():
+            raise ValueError(f"{artefact}: missing; delete {artefact.parent / RESULT} and run again to rebuild it")
+        return artefact
+
+    def is_begun(self, index: int) -> bool:
+        """Whether an earlier run has left checkpoints of that stage."""
+        checkpoints = self.stage_directory(index) / CHECKPOINTS
+        return checkpoints.is_dir() and any(not path.name.startswith(".") for path in checkpoints.iterdir())
+
+    def first_unfinished(self) -> int:
+        """Index of the first stage without a result; the number of stages when all are finished."""
+        count = len(self.recipe.stages)
+        return next((index for index in range(count) if not self.is_finished(index)), count)
+
+    def context(self, index: int, reporter: Reporter, *, writer: bool, resume: bool) -> StageContext:
+        """What the stage of that index is given; with `writer` (rank 0) its folder is made ready."""
+        spec, directory = self.recipe.stages[index], self.stage_directory(index)
+        if writer:
+            directory.mkdir(parents=True, exist_ok=True)
+            if not (directory / CONFIG).exists():
+                write_text_atomic(directory / CONFIG, dump_plain({spec.kind: config_to_dict(spec.config)}))
+            for path in directory.glob(".*.tmp"):  # left by a run that was killed while it wrote
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return StageContext(
+            recipe=self.recipe,
+            stage=spec,
+            directory=directory,
+            previous=self.stage_directory(index - 1) if index else None,
+            run_dir=self.path,
+            reporter=reporter,
+            resume=resume,
+        )
+
+
+class RunLock:
+    """Holds a run directory for one run at a time; a context manager.
+
+    Raises (on entering):
+        ValueError: another run holds it; names its process.
+        OSError: the directory cannot be made or written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: int | None = None
+
+    def __enter__(self) -> RunLock:
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"{self.path}: is a file, a run directory is needed; choose another --run-dir")
+        if self.path.is_dir() and not (self.path / CONFIG).exists():
+            strange = sorted(p.name for p in self.path.iterdir() if p.name not in (LOCK, LOGS))
+            strange = [name for name in strange if not name.endswith(".tmp")]
+            if strange:
+                raise ValueError(f"{self.path}: holds {strange[0]} but no run; choose another --run-dir")
+        self.path.mkdir(parents=True, exist_ok=True)
+        file = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(file, 32).decode(errors="replace").strip()
+            os.close(file)
+            who = f"process {holder}" if holder else "another process"
+            raise ValueError(f"{self.path}: {who} is running it; wait for it or choose another --run-dir") from None
+        os.ftruncate(file, 0)
+        os.pwrite(file, f"{os.getpid()}\n".encode(), 0)
+        self._file = file
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._file is not None
+        os.ftruncate(self._file, 0)
+        os.close(self._file)  # releases the lock; the file stays, as removing it would race with the next holder
+        self._file = None
+
+
+def first_difference(old: dict[str, Any], new: dict[str, Any]) -> tuple[str, str, str] | None:
+    """The first setting in which two resolved recipes differ, as (key, old, new); None if they agree.
+
+    `threads` may differ, and `new` may have more stages at the end.
+    """
+    common = [*new["stages"][: len(old["stages"])]]
+    return _difference({**old, "threads": None}, {**new, "threads": None, "stages": common}, "")
+
+
+def _difference(old: Any, new: Any, path: str) -> tuple[str, str, str] | None:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*old, *(key for key in new if key not in old)]:
+            found = _difference(old.get(key, "(nothing)"), new.get(key, "(nothing)"), join(path, key))
+            if found:
+                return found
+        return None
+    if path == "stages" and len(old) == len(new):
+        for index, (was, now) in enumerate(zip(old, new, strict=True)):
+            found = _difference(was, now, f"stages[{index}]")
+            if found:
+                key = re.sub(r"^stages\[\d+\]\.(?=.*\.)", "", found[0])  # as an override names it: train.lr
+                return key, found[1], found[2]
+        return None
+    return None if old == new else (path, str(old), str(new))
+
+
+def _other(path: Path) -> str:
+    return f"choose another --run-dir, or delete {path} to begin anew"
