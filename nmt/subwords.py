@@ -1,0 +1,120 @@
+"""Subwords: a joint sentencepiece BPE model whose ids are fairseq's, and the fairseq dictionary that says the same.
+
+The special symbols stand where fairseq has them (<s> 0, <pad> 1, </s> 2, <unk> 3), so a piece has one id everywhere
+and `dict.txt` is the list of pieces from 4 on. Text is taken as it is after `normalise` (no NFKC): "…" and "½" survive.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import sentencepiece
+
+from .clean import LONGEST_PIECE, normalise
+
+BOS, PAD, EOS, UNK = 0, 1, 2, 3
+SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
+
+# A character coverage below 1 keeps stray scripts out of the vocabulary; these stay however rare they are.
+_ALPHABET = frozenset("abcdefghijklmnopqrstuvwxyzáčďéěíňóřšťúůýžABCDEFGHIJKLMNOPQRSTUVWXYZÁČĎÉĚÍŇÓŘŠŤÚŮÝŽ0123456789")
+_COVERAGE = 0.9999
+
+
+class Subwords:
+    """A trained model: text to ids of the fairseq dictionary and back.
+
+    Raises: ValueError when the file is no sentencepiece model with fairseq's special symbols.
+    """
+
+    def __init__(self, spm_path: Path | str) -> None:
+        self.path = Path(spm_path)
+        if not self.path.is_file():
+            raise ValueError(f"{self.path}: no such file; expected a sentencepiece model")
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
+        except (RuntimeError, OSError):
+            raise ValueError(f"{self.path}: not a sentencepiece model") from None
+        if [self._model.id_to_piece(i) for i in range(min(4, len(self._model)))] != list(SPECIALS):
+            raise ValueError(f"{self.path}: its first pieces must be {' '.join(SPECIALS)}")
+
+    def __len__(self) -> int:
+        """Entries of the vocabulary, the four special symbols included."""
+        return len(self._model)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a sentence, without end of sentence."""
+        return self._model.encode(normalise(text))
+
+    def encode_batch(self, normalised: list[str], threads: int = 1) -> list[list[int]]:
+        """Ids of sentences that are normalised already, without end of sentence."""
+        return self._model.encode(normalised, num_threads=threads)
+
+    def encode_pieces(self, text: str) -> list[str]:
+        """The subwords themselves, as fairseq's and CTranslate2's text interfaces take them."""
+        return self._model.encode(normalise(text), out_type=str)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Detokenized text; special symbols are left out, except that an unknown subword shows as ⁇."""
+        skip = (BOS, PAD, EOS)
+        return self._model.decode([int(i) for i in ids if int(i) not in skip]).strip()
+
+    def pieces(self) -> list[str]:
+        """Every entry of the vocabulary by id."""
+        return [self._model.id_to_piece(i) for i in range(len(self._model))]
+
+    def write_dictionary(self, path: Path) -> None:
+        """Write the fairseq dictionary with the same ids: a line `piece count` for each but the four specials."""
+        lines = (f"{piece} 1\n" for piece in self.pieces()[len(SPECIALS) :])
+        path.write_text("".join(lines), encoding="utf-8")
+
+
+def _required_characters(counts: Counter[str]) -> str:
+    return "".join(sorted(_ALPHABET & counts.keys()))
+
+
+def train_subwords(sentences: list[str] | Iterator[str], path: Path, *, vocab_size: int) -> Subwords:
+    """Train a BPE model of exactly `vocab_size` entries on sentences and write it to `path`.
+
+    Deterministic: the same sentences in the same order give the same bytes.
+
+    Raises: ValueError naming data.vocab_size when the text is too small for so many subwords, or has more characters.
+    """
+    sentences = list(sentences)
+    counts: Counter[str] = Counter()
+    for sentence in sentences:
+        counts.update(sentence)
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sentences),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            bos_id=BOS,
+            pad_id=PAD,
+            eos_id=EOS,
+            unk_id=UNK,
+            character_coverage=_COVERAGE,
+            required_chars=_required_characters(counts),
+            max_sentencepiece_length=LONGEST_PIECE,
+            normalization_rule_name="identity",
+            byte_fallback=False,
+            hard_vocab_limit=True,
+            num_threads=1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        message = str(error)
+        if found := re.search(r"too high.*?<= (\d+)", message):
+            what = f"{vocab_size} is too many for this corpus; the largest possible is {found[1]}"
+        elif found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
+            what = f"{vocab_size} is too few for the characters of this corpus; at least {int(found[1]) + 1}"
+        else:
+            raise
+        raise ValueError(f"data.vocab_size: {what}") from None
+    path.write_bytes(model.getvalue())
+    return Subwords(path)
