@@ -1,0 +1,332 @@
+"""The one training loop: lottery tickets, quantization noise, distillation and every route run through it unchanged.
+
+What is notable: the loss is divided by the global number of target tokens before the backward pass (every rank knows
+that number from the batch plan), so gradients are normalised on the wire already and no second pass over them is
+needed; a step with a non-finite gradient is skipped on the device, by the fused optimizer, without waiting for it; and
+an update is a pure function of weights, optimizer state and its number, which makes a resumed run bit-exact.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from . import checkpoint, distributed, precision
+from .batches import UpdateStream, to_device
+from .config import TrainConfig
+from .fairseq_bridge import ModelWithLoss
+from .schedule import learning_rate
+from .validate import Validation
+
+if TYPE_CHECKING:
+    from tenko.comm import Route
+    from tenko.compression import Technique
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Best:
+    """The best validation so far, and how long ago it was."""
+
+    bleu: float = -1.0
+    update: int = 0
+    since: int = 0
+    """Validations without a better one."""
+
+
+class Trainer:
+    """Trains one model on this rank.
+
+    Args:
+        model: the fairseq model, on its device, techniques attached.
+        stream: this rank's batches.
+        config: the recipe's settings.
+        seed: of dropout.
+        wrap: puts `ModelWithLoss` into DDP (accelerate's `prepare`); identity in a single process.
+        route: the communication route registered by `wrap`'s caller, whose state is saved and whose meter is logged.
+        techniques: told before and after each update.
+        checkpoints: folder of the checkpoints.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        stream: UpdateStream,
+        config: TrainConfig,
+        *,
+        seed: int,
+        checkpoints: Path,
+        wrap: Callable[[nn.Module], tuple[nn.Module, Route | None]] = lambda m: (m, None),
+        techniques: Sequence[Technique] = (),
+    ) -> None:
+        self.model, self.stream, self.config, self.seed = model, stream, config, seed
+        self.checkpoints, self.techniques = checkpoints, techniques
+        self.device = next(model.parameters()).device
+        self.precision = precision.resolve(config.precision, self.device)
+        self.scaler = precision.loss_scaler(
+            self.precision, self.device, init_scale=config.init_scale, scale_window=config.scale_window
+        )
+        self.wrapped, self.route = wrap(ModelWithLoss(model, config.label_smoothing).to(self.device))
+        self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(),
+            lr=config.lr,
+            betas=config.adam_betas,
+            eps=config.adam_eps,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        self.updates = 0
+        self.best = Best()
+        self.seconds = 0.0
+        """Time spent in updates, validations and checkpoints left out; survives a resume."""
+        self._reset_figures()
+
+    # One update
+
+    def update(self) -> None:
+        """Forward and backward for each micro-batch, then one optimizer step."""
+        number = self.updates + 1
+        work = self.stream.update(number)
+        # Dropout depends on (seed, update, rank) only: nothing of torch's generator needs saving.
+        torch.manual_seed(int(np.random.SeedSequence((self.seed, number, self.stream.rank)).generate_state(1)[0]))
+        for technique in self.techniques:
+            technique.before_update(self.updates)
+        self.wrapped.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config, self.updates)
+        normaliser = self.stream.world / work.target_tokens  # DDP averages over ranks: undo its 1/world
+        for i, sample in enumerate(work.samples):
+            last = i == len(work.samples) - 1
+            with self._synchronise_if(last):
+                sample = to_device(sample, self.device)
+                with precision.autocast(self.precision, self.device):
+                    loss, nll = self.wrapped(sample)
+                self.scaler.scale(loss * normaliser).backward()
+            self._loss += loss.detach()
+            self._nll += nll.detach()
+        self._step()
+        for technique in self.techniques:
+            technique.after_update(self.updates)
+        self.updates = number
+        self._tokens += work.target_tokens
+
+    def _synchronise_if(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        no_sync = getattr(self.wrapped, "no_sync", None)
+        return contextlib.nullcontext() if last or no_sync is None else no_sync()
+
+    def _step(self) -> None:
+        self.scaler.unscale_(self.optimizer)
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self.config.clip_norm > 0:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.config.clip_norm, norm)
+        overflow = (~torch.isfinite(norm)).float()
+        if not self.scaler.is_enabled():
+            # The fused optimizer leaves weights and moments alone when this is 1: a skipped step without a wait.
+            self.optimizer.found_inf = overflow
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._overflows += overflow
+        self._norm = norm
+
+    # The loop
+
+    def run(
+        self,
+        *,
+        validate: Callable[[], Validation],
+        on_metrics: Callable[[dict[str, Any]], None] = lambda figures: None,
+        on_update: Callable[[int], None] = lambda update: None,
+    ) -> None:
+        """Train to `max_update`, or until BLEU has not risen for `patience` validations.
+
+        Args:
+            validate: validation loss and BLEU of the model as it is, the same on all ranks; called on every rank.
+            on_metrics: takes a line of figures (a `kind` of train or valid), called on every rank.
+            on_update: told the number of each finished update.
+        """
+        config = self.config
+        self.model.train()
+        while self.updates < config.max_update and not self.stopped_early:
+            started = time.perf_counter()
+            self.update()
+            last = self.updates == config.max_update
+            on_update(self.updates)
+            if self.updates % config.log_interval == 0 or last:
+                figures = self._figures(started)
+                on_metrics(figures)
+            else:
+                self.seconds += time.perf_counter() - started
+            if self.updates % config.valid_interval == 0 or last:
+                on_metrics(self._validate(validate))
+            if self.updates % config.save_interval == 0 or last or self.stopped_early:
+                self.save()
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether patience has run out."""
+        return 0 < self.config.patience <= self.best.since
+
+    def _reset_figures(self) -> None:
+        self._loss = torch.zeros((), device=self.device)
+        self._nll = torch.zeros((), device=self.device)
+        self._overflows = torch.zeros((), device=self.device)
+        self._norm = torch.zeros((), device=self.device)
+        self._tokens = 0
+        self._seconds_before = self.seconds
+
+    def _figures(self, started: float) -> dict[str, Any]:
+        """The figures since the last call: here, and only here, the loop waits for the device."""
+        loss, nll = distributed.sum_over_ranks([self._loss.item(), self._nll.item()], self.device)
+        self.seconds += time.perf_counter() - started
+        tokens = max(self._tokens, 1)
+        nll /= tokens
+        overflows = int(self._overflows.item())
+        figures: dict[str, Any] = {
+            "kind": "train",
+            "update": self.updates,
+            "epoch": round(self.stream.epoch(self.updates), 3),
+            "loss": loss / tokens,
+            "nll": nll,
+            "ppl": math.exp(min(nll, 100)) if math.isfinite(nll) else math.inf,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "grad_norm": self._norm.item(),
+            "tokens_per_second": self._tokens / max(self.seconds - self._seconds_before, 1e-9),
+            "seconds": self.seconds,
+        }
+        if overflows:
+            figures["overflows"] = overflows
+        if self.scaler.is_enabled():
+            figures["scale"] = self.scaler.get_scale()
+            if figures["scale"] < self.config.min_loss_scale:
+                raise ValueError(
+                    f"train.min_loss_scale: the loss scale fell to {figures['scale']:g} at update {self.updates}, "
+                    f"below {self.config.min_loss_scale:g}: gradients overflow again and again; lower train.lr or use "
+                    "precision: bf16 or fp32"
+                )
+        elif overflows and overflows >= min(self.config.log_interval, 10):
+            raise ValueError(
+                f"train.lr: training diverged, {overflows} of the last {self.config.log_interval} updates to "
+                f"{self.updates} had a non-finite gradient; lower train.lr, or set train.clip_norm"
+            )
+        if self.route is not None:
+            figures["wire_bytes"] = self.route.meter.bytes_sent
+            figures["wire_fp32_bytes"] = self.route.meter.fp32_bytes
+        self._reset_figures()
+        return figures
+
+    def _validate(self, validate: Callable[[], Validation]) -> dict[str, Any]:
+        distributed.assert_ranks_agree(self.parameters.values(), f"weights after update {self.updates}", self.device)
+        self.wrapped.eval()
+        result = validate()
+        self.wrapped.train()
+        if result.bleu > self.best.bleu:
+            self.best = Best(result.bleu, self.updates, 0)
+            checkpoint.save(
+                self.checkpoints / "best",
+                model_state=self.parameters,
+                state={"update": self.updates, "bleu": result.bleu},
+                rank=distributed.rank(),
+                barrier=distributed.barrier,
+            )
+        else:
+            self.best.since += 1
+        return {
+            "kind": "valid",
+            "update": self.updates,
+            "nll": result.nll,
+            "ppl": math.exp(min(result.nll, 100)),
+            "bleu": result.bleu,
+            "best_bleu": self.best.bleu,
+            "seconds": self.seconds,
+        }
+
+    # Checkpoints
+
+    def save(self) -> None:
+        """Write a checkpoint of this update, and delete what is older than `keep_last`; called on every rank."""
+        checkpoint.save(
+            checkpoint.path_of(self.checkpoints, self.updates),
+            model_state=self.parameters,
+            state={
+                "update": self.updates,
+                "world": self.stream.world,
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "best": [self.best.bleu, self.best.update, self.best.since],
+                "seconds": self.seconds,
+            },
+            rank_state={
+                "route": None if self.route is None else self.route.state_dict(),
+                "figures": [self._loss, self._nll, self._overflows, self._tokens, self._seconds_before],
+            },
+            rank=distributed.rank(),
+            barrier=distributed.barrier,
+        )
+        if distributed.rank() == 0:
+            checkpoint.prune(self.checkpoints, self.config.keep_last)
+
+    def resume(self) -> bool:
+        """Go on from the newest checkpoint, if there is one.
+
+        Raises:
+            ValueError: it is damaged, or of another model; the message names the file.
+        """
+        updates = checkpoint.list_updates(self.checkpoints)
+        if not updates:
+            return False
+        folder = checkpoint.path_of(self.checkpoints, updates[-1])
+        weights, state, rank_state = checkpoint.load(folder, rank=distributed.rank())
+        load_weights(self.parameters, weights, folder)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.updates, self.seconds = state["update"], state["seconds"]
+        self.best = Best(*state["best"])
+        self._reset_figures()
+        if state["world"] != self.stream.world:
+            logger.warning(
+                "%s was saved by %d ranks, now %d: goes on, but not as it would have",
+                folder,
+                state["world"],
+                self.stream.world,
+            )
+            return True
+        if rank_state is None:
+            raise ValueError(f"{folder}: has no state of rank {distributed.rank()}")
+        sums = rank_state["figures"]
+        self._loss, self._nll, self._overflows = (s.to(self.device) for s in sums[:3])
+        self._tokens, self._seconds_before = sums[3:]
+        if self.route is not None and rank_state["route"] is not None:
+            self.route.load_state_dict(rank_state["route"])
+        return True
+
+
+def load_weights(parameters: dict[str, nn.Parameter], weights: dict[str, Tensor], source: Path) -> None:
+    """Copy weights into parameters of the same names and shapes.
+
+    Raises:
+        ValueError: names or shapes differ; the message names the first.
+    """
+    for name in sorted(parameters.keys() ^ weights.keys()):
+        raise ValueError(f"{source}: holds another model ({name} is {'missing' if name in parameters else 'unknown'})")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            if parameter.shape != weights[name].shape:
+                raise ValueError(
+                    f"{source}: holds another model ({name} is {list(weights[name].shape)}, "
+                    f"expected {list(parameter.shape)})"
+                )
+            parameter.copy_(weights[name])

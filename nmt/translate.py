@@ -1,0 +1,106 @@
+"""Translate text with an artefact read from disk; the folder holds all that it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tenko.compression import read_artefact
+
+from .batches import to_device
+from .config import DecodeConfig, ModelConfig
+from .fairseq_bridge import EOS, Beam, batch_by_tokens, build_model, collate
+from .subwords import Subwords
+
+MAX_SOURCE_TOKENS = 1000
+"""Longer sentences are cut: sinusoidal positions end at 1,024."""
+
+
+class Translator:
+    """A model with its subwords, ready to translate.
+
+    Args:
+        model: a fairseq model with its weights.
+        subwords: the sentencepiece model it was trained with.
+        dict_path: its fairseq dictionary.
+        direction: `en-cs` or `cs-en`.
+    """
+
+    def __init__(self, model: torch.nn.Module, subwords: Subwords, dict_path: Path, direction: str) -> None:
+        self.model = model.eval()
+        self.subwords, self.dict_path, self.direction = subwords, dict_path, direction
+        self.tokens_produced = 0
+        """Subwords of all hypotheses so far, ends of sentences included."""
+
+    @classmethod
+    def load(cls, artefact: Path | str, *, threads: int | None = None, device: str = "cpu") -> Translator:
+        """Read an artefact folder (`model.safetensors`, `spm.model`, `dict.txt`).
+
+        Args:
+            artefact: the folder.
+            threads: CPU threads; None leaves torch's setting.
+            device: cpu or cuda.
+
+        Raises:
+            ValueError: a file is missing or damaged.
+        """
+        artefact = Path(artefact)
+        if threads:
+            torch.set_num_threads(threads)
+        state, metadata = read_artefact(artefact)
+        subwords = Subwords(artefact / "spm.model")
+        try:
+            config = ModelConfig(**metadata["model"])
+            direction = str(metadata["direction"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{artefact}: its metadata do not describe a model ({error})") from None
+        model = build_model(config, artefact / "dict.txt")
+        try:
+            model.load_state_dict(state, strict=True)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{artefact}: weights do not fit the model ({str(error).splitlines()[-1].strip()})"
+            ) from None
+        return cls(model.to(device), subwords, artefact / "dict.txt", direction)
+
+    def translate(
+        self,
+        sentences: Sequence[str],
+        *,
+        decode: DecodeConfig | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[str]:
+        """Translations in the order of the sentences; an empty or blank line gives an empty line.
+
+        Args:
+            sentences: detokenized text, one sentence each.
+            decode: beam search; the default is beam 4.
+            progress: told (sentences done, sentences in all) after each batch.
+        """
+        decode = decode or DecodeConfig()
+        beam = Beam(self.model, self.dict_path, decode)
+        sources: list[np.ndarray | None] = [self._encode(s) for s in sentences]
+        sizes = np.array([0 if s is None else len(s) for s in sources])
+        order = np.array([i for i in np.argsort(-sizes, kind="stable") if sizes[i]], dtype=np.int64)
+        results = [""] * len(sentences)
+        done = len(sentences) - len(order)
+        if len(order) == 0:
+            return results
+        device = next(self.model.parameters()).device
+        for batch in batch_by_tokens(order, sizes, max(decode.max_tokens, int(sizes.max())), multiple=1):
+            sample: dict[str, Any] = collate([(int(i), sources[i], None) for i in batch])
+            for index, ids in beam.generate(to_device(sample, device)):
+                results[index] = self.subwords.decode(ids)
+                self.tokens_produced += len(ids) + 1
+            done += len(batch)
+            if progress is not None:
+                progress(done, len(sentences))
+        return results
+
+    def _encode(self, sentence: str) -> np.ndarray | None:
+        ids = self.subwords.encode(sentence)[:MAX_SOURCE_TOKENS]
+        return np.array([*ids, EOS], dtype=np.int64) if ids else None

@@ -1,0 +1,92 @@
+"""Validation while training: loss on the held-out split, BLEU on its first sentences, shared by the ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from . import distributed, precision
+from .batches import fixed_batches, to_device
+from .config import TrainConfig
+from .corpus import Corpus
+from .evaluate import corpus_bleu
+from .fairseq_bridge import Beam, ModelWithLoss, collate
+from .subwords import Subwords
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What a validation found; the same on all ranks."""
+
+    nll: float
+    """Negative log-likelihood of a target token, in nats."""
+    bleu: float
+    """sacreBLEU, detokenized, of the first `valid_sentences` sentences."""
+    signature: str
+    """sacreBLEU's signature."""
+
+
+class Validator:
+    """Validates the model as it is, on every rank at once.
+
+    Args:
+        model: the fairseq model that is being trained.
+        corpus: gives the split `valid`.
+        direction: `en-cs` or `cs-en`.
+        config: sentences, batches and beam.
+    """
+
+    def __init__(self, model: torch.nn.Module, corpus: Corpus, direction: str, config: TrainConfig) -> None:
+        self.model, self.config = model, config
+        self.shards = corpus.split("valid")
+        self.source, self.target = direction.split("-")
+        self.direction = direction
+        texts = dict(zip(("en", "cs"), corpus.text("valid"), strict=True))
+        self.references = texts[self.target][: config.valid_sentences]
+        self.subwords = Subwords(corpus.spm_path)
+        self.dict_path = corpus.dict_path
+        self.device = next(model.parameters()).device
+        self.precision = precision.resolve(config.precision, self.device)
+
+    def __call__(self) -> Validation:
+        self.model.eval()
+        nll = self._nll()
+        hypotheses = self._translate()
+        bleu = corpus_bleu(hypotheses, self.references)
+        return Validation(nll, bleu.score, bleu.signature)
+
+    @torch.no_grad()
+    def _nll(self) -> float:
+        with_loss = ModelWithLoss(self.model, 0.0).eval()
+        total, tokens = 0.0, 0
+        for batch in self._batches(self.config.max_tokens):
+            sample = collate([self._pair(i) for i in batch])
+            with precision.autocast(self.precision, self.device):
+                _, nll = with_loss(to_device(sample, self.device))
+            total += nll.item()
+            tokens += sample["ntokens"]
+        total, summed = distributed.sum_over_ranks([total, tokens], self.device)
+        return total / max(summed, 1)
+
+    def _translate(self) -> list[str]:
+        beam = Beam(self.model, self.dict_path, self.config.decode)
+        mine: list[tuple[int, str]] = []
+        for batch in self._batches(self.config.decode.max_tokens):
+            kept = [i for i in batch if i < len(self.references)]
+            if kept:
+                sample = collate([(i, self.shards.tokens(self.source, i), None) for i in kept])
+                found = beam.generate(to_device(sample, self.device))
+                mine += [(index, self.subwords.decode(ids)) for index, ids in found]
+        hypotheses = [""] * len(self.references)
+        for part in distributed.gather_json(mine, self.device):
+            for index, text in part:
+                hypotheses[index] = text
+        return hypotheses
+
+    def _batches(self, max_tokens: int) -> list[list[int]]:
+        batches = fixed_batches(self.shards, self.direction, max_tokens, distributed.rank(), distributed.world_size())
+        return [[int(i) for i in batch] for batch in batches]
+
+    def _pair(self, index: int) -> tuple[int, object, object]:
+        return index, self.shards.tokens(self.source, index), self.shards.tokens(self.target, index)
