@@ -1,0 +1,128 @@
+"""The routes: quantized all-reduce, and plain fp32 all-reduce to compare it with.
+
+Randomness is keyed by (seed, step, tensor, rank) and a tensor's blocks, never by bucket: DDP rebuilds its
+buckets after the first update, and a resumed run, whose buckets are the first ones again, must still round as
+the uncut run did.
+"""
+
+# No `from __future__ import annotations`: see route.py.
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from .collectives import BucketPlan, mean_in_place
+from .config import CommConfig
+from .quantizer import Quantizer
+from .route import Route
+from .worker import Worker
+
+
+class QuantizedAllReduce(Route):
+    """Quantized gradients up to the owners of shards, quantized means down: tells DDP the mean over all ranks.
+
+    On a CPU (gloo) buckets are exchanged by one thread, over a process group of the hook's own, while backward goes on.
+    On CUDA (NCCL) the same algorithm runs on the current stream, in torch operations; that path is tested on the CPU
+    and has not been run on several GPUs, as none were at hand.
+
+    Args:
+        bits: bits an element on the way up, 2, 3, 4 or 8.
+        bits_down: bits an element on the way down. More than up costs little: the second rounding hits the mean.
+        clip: clip to so many standard deviations of a block, on both legs; 0 does not clip.
+        block: elements that share a scale, a multiple of 8.
+        seed: of the stochastic rounding; must be the same on all ranks.
+
+    Raises:
+        ValueError: a setting is none of these.
+
+    Source: Hou, Zhang & Kwok, "Analysis of Quantized Models", ICLR 2019, for the quantizer.
+    """
+
+    def __init__(
+        self, bits: int = 3, bits_down: int = 4, clip: float = 3.0, block: int = 1024, *, seed: int = 0
+    ) -> None:
+        super().__init__()
+        self.up = Quantizer(bits=bits, clip=clip, block=block)
+        try:
+            self.down = Quantizer(bits=bits_down, clip=clip, block=block)
+        except ValueError as error:
+            raise ValueError(str(error).replace("bits:", "bits_down:")) from None
+        self.seed = seed
+        self._plans: dict[tuple[int, ...], BucketPlan] = {}
+        self._worker: Worker | None = None
+        self._own_group: dist.ProcessGroup | None = None
+
+    def bind(self, model: DistributedDataParallel) -> None:
+        super().bind(model)
+        if self.world_size > 1 and model.device.type == "cpu":
+            from . import kernels  # noqa: F401  (compiled or loaded here, before the first exchange)
+
+            # The hook's thread and the caller's must not mix their collectives in one group.
+            ranks = dist.get_process_group_ranks(self.group)
+            everybody = len(ranks) == dist.get_world_size()
+            self._own_group = dist.new_group(ranks, backend="gloo", use_local_synchronization=not everybody)
+            self._worker = Worker("tenko-exchange")
+
+    def _exchange(self, buffer: Tensor, bucket: dist.GradBucket, step: int) -> torch.futures.Future[Tensor]:
+        plan = self._plan(bucket, buffer)
+        if self._worker is not None:
+
+            def job() -> Tensor:
+                mean_in_place(buffer, plan, seed=self.seed, step=step, group=self._own_group, meter=self.meter)
+                return buffer
+
+            return self._worker.submit(job)
+        mean_in_place(buffer, plan, seed=self.seed, step=step, group=self.group, meter=self.meter)
+        done: torch.futures.Future[Tensor] = torch.futures.Future(devices=[buffer.device])
+        done.set_result(buffer)
+        return done
+
+    def _plan(self, bucket: dist.GradBucket, buffer: Tensor) -> BucketPlan:
+        parameters = bucket.parameters()
+        tensors = tuple(self._index[id(parameter)] for parameter in parameters)
+        if tensors not in self._plans:
+            numels = tuple(parameter.numel() for parameter in parameters)
+            assert sum(numels) == buffer.numel(), (numels, buffer.shape)
+            self._plans[tensors] = BucketPlan(
+                tensors, numels, self.rank, self.world_size, self.up, self.down, buffer.device
+            )
+        return self._plans[tensors]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "seed": self.seed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if "seed" not in state:
+            raise ValueError(f"comm.seed: missing in the saved state; it has {', '.join(sorted(state))}")
+        super().load_state_dict(state)
+        self.seed = int(state["seed"])
+
+    def close(self) -> None:
+        if self._worker is not None:
+            self._worker.close()
+            self._worker = None
+        if self._own_group is not None and dist.is_initialized():
+            dist.destroy_process_group(self._own_group)
+        self._own_group = None
+
+
+class AllReduce(Route):
+    """Plain all-reduce in the gradients' own type, metered: what DDP does without a hook."""
+
+    def _exchange(self, buffer: Tensor, bucket: dist.GradBucket, step: int) -> torch.futures.Future[Tensor]:
+        n = self.world_size
+        leg = buffer.numel() * buffer.element_size() * (n - 1) // n  # of a ring; half of it reduces, half gathers
+        self.meter.count(up=leg, down=leg, numel=buffer.numel(), world_size=n)
+        buffer.div_(n)  # before the sum, as DDP does: fp16 overflows later
+        work = dist.all_reduce(buffer, group=self.group, async_op=True)
+        return work.get_future().then(lambda finished: finished.value()[0])
+
+
+def make_route(config: CommConfig, seed: int) -> Route:
+    """The route that a recipe's `comm:` asks for."""
+    if config.route == "fp32":
+        return AllReduce()
+    return QuantizedAllReduce(config.bits, config.bits_down, config.clip, config.block, seed=seed)

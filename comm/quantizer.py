@@ -1,0 +1,122 @@
+"""SQ_m with a clip and a scale a block: the one quantizer of both legs. What it computes is told in
+`reference.py`.
+
+CPU tensors go through the numba kernels, others through torch operations of the same arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import reference
+from .layout import Shard, single
+
+BITS = (2, 3, 4, 8)
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """Turns tensors into `bits`-bit codes and back.
+
+    Args:
+        bits: bits an element, 2 (ternary), 3, 4 or 8.
+        clip: magnitudes are clipped to this many standard deviations of their block; 0 does not clip.
+        block: elements that share a scale, a multiple of 8.
+
+    Raises:
+        ValueError: a setting is none of these.
+
+    Source: Hou, Zhang & Kwok, "Analysis of Quantized Models", ICLR 2019.
+    """
+
+    bits: int = 3
+    clip: float = 3.0
+    block: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS:
+            raise ValueError(f"bits: must be 2, 3, 4 or 8, is {self.bits}")
+        if not 0 <= self.clip < float("inf"):
+            raise ValueError(f"clip: must be finite and at least 0 (0: no clip), is {self.clip}")
+        if self.block < 8 or self.block % 8:
+            raise ValueError(f"block: must be a positive multiple of 8, is {self.block}")
+
+    @property
+    def levels(self) -> int:
+        """Levels on one side of zero."""
+        return reference.level_count(self.bits)
+
+    def size(self, numel: int) -> int:
+        """Bytes of the payload of a tensor of `numel` elements."""
+        return single(numel, self.block).size(self.bits)
+
+    def encode(self, x: Tensor, key: Sequence[int] = (0,)) -> Tensor:
+        """Quantizes one tensor.
+
+        Args:
+            x: [numel] or any shape (read as flat), floating point.
+            key: integers that choose the rounding's randomness; the same key and values give the same codes.
+
+        Returns:
+            uint8 [size(numel)] on x's device.
+        """
+        if not key or not x.is_floating_point():
+            raise ValueError(f"encode: wants a floating tensor and a key of integers, has {x.dtype} and {key}")
+        flat = x.detach().reshape(-1)
+        part = single(flat.numel(), self.block)
+        out = torch.empty(part.size(self.bits), dtype=torch.uint8, device=x.device)
+        keys = np.repeat(reference.key_words(key[:-1], key[-1:]), len(part.table), axis=0)
+        self.encode_shard(flat, part, keys, out)
+        return out
+
+    def decode(self, payload: Tensor, numel: int) -> Tensor:
+        """Values of a payload: fp32 [numel]."""
+        out = torch.empty(numel, dtype=torch.float32, device=payload.device)
+        self.decode_shard(payload, self._checked(payload, numel), out)
+        return out
+
+    def decode_add(self, payload: Tensor, out: Tensor, factor: float = 1.0) -> Tensor:
+        """Adds `factor` times a payload's values to out [numel, fp32, contiguous], and returns out."""
+        self.decode_shard(payload, self._checked(payload, out.numel()), out.view(-1), factor=factor, add=True)
+        return out
+
+    def encode_shard(self, x: Tensor, part: Shard, keys: np.ndarray, out: Tensor) -> None:
+        """Quantizes x [part's elements] with a key a segment (uint32 [segments, 2]) into out [part's bytes or more]."""
+        assert x.numel() == part.stop - part.start, x.shape
+        assert out.numel() >= part.size(self.bits), out.shape
+        assert keys.shape == (len(part.table), 2), keys.shape
+        x = x.to(torch.float32).contiguous()
+        if x.device.type == "cpu":
+            from . import kernels
+
+            kernels.encode_table(x.numpy(), part.table, keys, out.numpy(), self.block, self.bits, self.clip)
+        else:
+            reference.encode_table(x, part.table, keys, out, self.block, self.bits, self.clip)
+
+    def decode_shard(
+        self, payload: Tensor, part: Shard, out: Tensor, *, factor: float = 1.0, add: bool = False
+    ) -> None:
+        """Writes or adds the payload's values times `factor` into out [part's elements, fp32]."""
+        assert out.numel() == part.stop - part.start, out.shape
+        assert payload.numel() >= part.size(self.bits), payload.shape
+        assert out.dtype == torch.float32, out.dtype
+        if out.device.type == "cpu":
+            from . import kernels
+
+            kernels.decode_table(payload.numpy(), part.table, out.numpy(), self.block, self.bits, factor, add)
+        else:
+            reference.decode_table(payload, part.table, out, self.block, self.bits, factor, add)
+
+    def _checked(self, payload: Tensor, numel: int) -> Shard:
+        part = single(numel, self.block)
+        if payload.dtype != torch.uint8 or payload.numel() != part.size(self.bits):
+            raise ValueError(
+                f"payload: {payload.numel()} x {payload.dtype}, but {numel} elements at {self.bits} bits "
+                f"make {part.size(self.bits)} x torch.uint8"
+            )
+        return part
