@@ -30,7 +30,7 @@ from .clean import REASONS, hash64, normalise, reason_to_drop, sentence_key
 from .config import DataConfig
 from .corpus import FORMAT, MANIFEST, SPLITS, Corpus, DamagedCorpus
 from .shards import LANGS, ShardWriter, token_dtype
-from .subwords import Subwords, train_subwords
+from .subwords import TRAINING, Subwords, train_subwords
 from .text_io import PACKED, read_lines, read_pairs, sha256, source_files
 
 Report = Callable[[str], None]
@@ -38,8 +38,8 @@ Pair = tuple[str, str]
 
 BATCH = 8192
 """Pairs encoded, written or hashed at a time."""
-SUBWORD_SAMPLE = 500_000
-"""Pairs the subword model is trained on at most (twice as many sentences): bounds the memory of its training."""
+SUBWORD_SAMPLE, SUBWORD_CHARACTERS = 500_000, 100_000_000
+"""Pairs, and characters, that the subword model is trained on at most: bounds the memory of its training."""
 ENCODE_THREADS = 2
 
 
@@ -66,7 +66,7 @@ def _identity(config: DataConfig, files: dict[str, dict[str, Path]]) -> dict[str
     settings = {key: getattr(config, key) for key in ("vocab_size", "max_tokens_per_sentence", "max_ratio")}
     settings |= {f"{split}_size": getattr(config, f"{split}_size") for split in SPLITS[1:] if split not in files}
     versions = {"sentencepiece": sentencepiece.__version__, "unicode": unicodedata.unidata_version}
-    return {"format": FORMAT, "inputs": inputs, "settings": settings, "versions": versions}
+    return {"format": FORMAT, "inputs": inputs, "settings": settings, "subwords": TRAINING, "versions": versions}
 
 
 @contextmanager
@@ -124,7 +124,7 @@ class _Builder:
         self.config, self.files, self.folder, self.report = config, files, folder, report
         self.scratch = folder / "scratch"
         self.clean_path, self.hash_path = self.scratch / "clean.tsv.zst", self.scratch / "hashes"
-        self.read = 0
+        self.read = self.characters = 0
         self.dropped = {split: Counter[str]() for split in SPLITS}
         self.given = [split for split in ("valid", "test") if split in files]
 
@@ -176,6 +176,7 @@ class _Builder:
                 hashes.write(np.array(records, splits.RECORD).tobytes())
                 clean.write("".join(f"{line}\n" for line in lines).encode())
                 self.read += len(batch)
+                self.characters += sum(map(len, lines))
                 kept += len(lines)
                 if time.monotonic() - shown > 5:
                     shown = time.monotonic()
@@ -236,13 +237,18 @@ class _Builder:
             yield int(fate), en, cs
 
     def _train_subwords(self, fates: np.ndarray) -> Subwords:
+        """Subwords trained on all of train, or on a sample taken by hash: always the same, from all over the corpus."""
         pairs = int((fates == splits.TRAIN).sum())
-        threshold = splits.sample_threshold(pairs, SUBWORD_SAMPLE)
-        sample: list[str] = []
-        for fate, en, cs in self._clean_pairs(fates):
-            if fate == splits.TRAIN and (pairs <= SUBWORD_SAMPLE or hash64(f"{en}\t{cs}") <= threshold):
-                sample += en, cs
-        self.report(f"data: training {self.config.vocab_size:,} subwords on {len(sample):,} sentences")
+        share = min(1.0, SUBWORD_SAMPLE / pairs, SUBWORD_CHARACTERS / self.characters)
+        threshold = int(share * (1 << 64))
+
+        def sample() -> Iterator[str]:
+            for fate, en, cs in self._clean_pairs(fates):
+                if fate == splits.TRAIN and (share == 1 or hash64(f"{en}\t{cs}") < threshold):
+                    yield en
+                    yield cs
+
+        self.report(f"data: training {self.config.vocab_size:,} subwords on about {int(share * pairs):,} pairs")
         subwords = train_subwords(sample, self.folder / "spm.model", vocab_size=self.config.vocab_size)
         subwords.write_dictionary(self.folder / "dict.txt")
         return subwords

@@ -100,8 +100,3 @@ def hold_out(path: Path, fates: np.ndarray, size: int, fate_to_give: int) -> Key
         waiting[np.searchsorted(smallest, records["en"][rows])] = False
         cs.append(records["cs"][rows])
     return Keys(smallest, np.unique(np.concatenate(cs)) if cs else np.empty(0, "<u8"))
-
-
-def sample_threshold(pairs: int, wanted: int) -> int:
-    """The pair hash below which about `wanted` of `pairs` pairs lie; a deterministic sample that spans the corpus."""
-    return (1 << 64) - 1 if pairs <= wanted else int((1 << 64) * (wanted / pairs))

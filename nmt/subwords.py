@@ -9,8 +9,9 @@ from __future__ import annotations
 import io
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 
@@ -19,9 +20,24 @@ from .clean import LONGEST_PIECE, normalise
 BOS, PAD, EOS, UNK = 0, 1, 2, 3
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
 
-# A character coverage below 1 keeps stray scripts out of the vocabulary; these stay however rare they are.
+# A character coverage below 1 keeps stray scripts out of the vocabulary. These stay however rare they are, and so do
+# the most frequent characters of any kind, up to an eighth of the vocabulary.
 _ALPHABET = frozenset("abcdefghijklmnopqrstuvwxyzáčďéěíňóřšťúůýžABCDEFGHIJKLMNOPQRSTUVWXYZÁČĎÉĚÍŇÓŘŠŤÚŮÝŽ0123456789")
-_COVERAGE = 0.9999
+
+TRAINING: dict[str, Any] = {
+    "model_type": "bpe",
+    "bos_id": BOS,
+    "pad_id": PAD,
+    "eos_id": EOS,
+    "unk_id": UNK,
+    "character_coverage": 0.9999,
+    "max_sentencepiece_length": LONGEST_PIECE,
+    "normalization_rule_name": "identity",
+    "byte_fallback": False,
+    "hard_vocab_limit": True,
+    "num_threads": 1,
+}
+"""Options of sentencepiece's trainer; part of a corpus's content hash."""
 
 
 class Subwords:
@@ -72,39 +88,27 @@ class Subwords:
         path.write_text("".join(lines), encoding="utf-8")
 
 
-def _required_characters(counts: Counter[str]) -> str:
-    return "".join(sorted(_ALPHABET & counts.keys()))
-
-
-def train_subwords(sentences: list[str] | Iterator[str], path: Path, *, vocab_size: int) -> Subwords:
-    """Train a BPE model of exactly `vocab_size` entries on sentences and write it to `path`.
+def train_subwords(sentences: Callable[[], Iterator[str]], path: Path, *, vocab_size: int) -> Subwords:
+    """Train a BPE model of exactly `vocab_size` entries, special symbols included, and write it to `path`.
 
     Deterministic: the same sentences in the same order give the same bytes.
 
+    Args: sentences: starts an iteration over normalised sentences; called twice, so that none needs to be kept.
+
     Raises: ValueError naming data.vocab_size when the text is too small for so many subwords, or has more characters.
     """
-    sentences = list(sentences)
     counts: Counter[str] = Counter()
-    for sentence in sentences:
+    for sentence in sentences():
         counts.update(sentence)
+    required = {character for character, _ in counts.most_common(vocab_size // 8)} | (_ALPHABET & counts.keys())
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(sentences),
+            sentence_iterator=sentences(),
             model_writer=model,
-            model_type="bpe",
             vocab_size=vocab_size,
-            bos_id=BOS,
-            pad_id=PAD,
-            eos_id=EOS,
-            unk_id=UNK,
-            character_coverage=_COVERAGE,
-            required_chars=_required_characters(counts),
-            max_sentencepiece_length=LONGEST_PIECE,
-            normalization_rule_name="identity",
-            byte_fallback=False,
-            hard_vocab_limit=True,
-            num_threads=1,
+            required_chars="".join(sorted(required - {" ", "▁"})),
+            **TRAINING,
             minloglevel=2,
         )
     except RuntimeError as error:
