@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+
 from tenko.comm.config import CommConfig
 from tenko.compression.config import QuantizeConfig
 from tenko.nmt.config import DataConfig, ModelConfig, TrainConfig, require

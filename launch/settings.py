@@ -106,7 +106,7 @@ def _convert(node: yaml.Node, loader: yaml.SafeLoader, place: Callable[[int], st
     if isinstance(node, yaml.SequenceNode):
         return Node(here, [_convert(item, loader, place, depth + 1) for item in node.value])
     try:
-        value = loader.construct_object(node)  # type: ignore[no-untyped-call]
+        value = loader.construct_object(node)
     except ValueError as error:  # for instance the date 2024-13-01
         raise ValueError(f"{here}: {node.value}: {error}") from None
     return Node(here, value, node.value)

@@ -1,0 +1,249 @@
+"""The `tenko` command line. What it does is in `commands.py`, imported only when a command runs: `--help` is quick."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from contextlib import suppress
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .errors import BAD_INPUT, INTERNAL, INTERRUPTED, RunFailed, Terminated, internal, is_users, one_line
+
+app = typer.Typer(
+    name="tenko",
+    help="English-Czech translation: trained over a thin wire, shipped thin on disk.\n\n"
+    "Start with `tenko run demo`: it trains on the corpus that ships with tenko, takes some minutes on two cores, and "
+    "leaves a run directory, runs/demo, that the other commands read.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+
+class Device(StrEnum):
+    """Where to translate."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class ExportFormat(StrEnum):
+    """What to export to."""
+
+    fairseq = "fairseq"
+
+
+RunDir = Annotated[Path, typer.Option("--run", metavar="DIR", help="Run directory, for instance runs/demo.")]
+Stage = Annotated[
+    str | None, typer.Option(metavar="NAME", help="The stage whose artefact to take.", show_default="the last finished")
+]
+Beam = Annotated[
+    int | None, typer.Option(min=1, help="Hypotheses of beam search; 1 is greedy.", show_default="the recipe's")
+]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="all cores")]
+Where = Annotated[Device, typer.Option(help="Where to translate.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            typer.echo(f"tenko {version('tenko')}")
+        except PackageNotFoundError:
+            typer.echo("tenko (not installed: runs from a checkout)")
+        raise typer.Exit
+
+
+@app.callback()
+def _main_options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors (or set TENKO_DEBUG=1).")] = False,
+) -> None:
+    if debug:
+        os.environ["TENKO_DEBUG"] = "1"
+
+
+@app.command()
+def run(
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="YAML file, or a bundled recipe: demo, debian, tiny.")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE",
+            help="Settings over the recipe's; those of a stage by its name.",
+            show_default=False,
+        ),
+    ] = None,
+    run_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Run directory.", show_default="runs/NAME, of the recipe's name")
+    ] = None,
+) -> None:
+    """Run a recipe, or go on with it where it stopped.
+
+    Stages that are finished are left alone; one that was cut off (Ctrl-C, a kill, a full disk) resumes from its last
+    checkpoint, and ends as if it had never stopped. With `workers: n` in the recipe this starts n torchrun processes.
+
+    \b
+    tenko run demo
+    tenko run demo train.max_update=500 seed=2 --run-dir runs/short
+    tenko run recipes/debian.yaml data.train=corpus.tsv.gz
+
+    To start the workers yourself, for instance on several machines:
+
+    \b
+    torchrun --nproc-per-node 2 -m tenko.launch.worker recipes/demo.yaml --run-dir runs/demo
+    """
+    from . import commands
+
+    commands.run(recipe, overrides or [], run_dir)
+
+
+@app.command()
+def translate(
+    run_dir: RunDir,
+    stage: Stage = None,
+    beam: Beam = None,
+    threads: Threads = None,
+    device: Where = Device.cpu,
+) -> None:
+    """Translate stdin to stdout, one sentence a line.
+
+    The direction is the run's. Lines come out in order, an empty line for an empty line.
+
+    \b
+    echo "The file could not be opened." | tenko translate --run runs/demo
+    tenko translate --run runs/demo --stage train --beam 1 < in.txt > out.txt
+    """
+    from . import commands
+
+    commands.translate(run_dir, stage, beam, threads, device.value)
+
+
+@app.command(short_help="BLEU and chrF on a test set.")
+def evaluate(
+    run_dir: RunDir,
+    test: Annotated[
+        Path,
+        typer.Option(metavar="FILE.tsv", help="Test pairs: first column English, second Czech; may be .gz .xz .zst."),
+    ],
+    stage: Stage = None,
+    beam: Beam = None,
+    threads: Threads = None,
+    device: Where = Device.cpu,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+) -> None:
+    """BLEU and chrF of a run on a test set, with sacreBLEU's signatures.
+
+    \b
+    tenko evaluate --run runs/demo --test my-test.tsv
+    tenko evaluate --run runs/demo --test my-test.tsv --stage train --json
+    """
+    from . import commands
+
+    commands.evaluate(run_dir, test, stage, beam, threads, device.value, as_json=json)
+
+
+@app.command(short_help="Write a model for fairseq or CTranslate2.")
+def export(
+    run_dir: RunDir,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write.")],
+    format: Annotated[ExportFormat, typer.Option(help="What to write.")] = ExportFormat.fairseq,
+    stage: Stage = None,
+) -> None:
+    """Write a model for another program: a fairseq checkpoint with its dictionaries.
+
+    fairseq-generate and CTranslate2's ct2-fairseq-converter read it.
+
+    \b
+    tenko export --run runs/demo --format fairseq --out exported
+    ct2-fairseq-converter --model_path exported/model.pt --data_dir exported --output_dir ct2
+    """
+    from . import commands
+
+    commands.export(run_dir, out, format.value, stage)
+
+
+@app.command(short_help="Write report.html anew.")
+def report(
+    run_dir: Annotated[Path, typer.Argument(metavar="DIR", help="Run directory, finished or not.")],
+) -> None:
+    """Write report.html anew and print its path and the table of stages."""
+    from . import commands
+
+    commands.report(run_dir)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point. Errors are one line on stderr; exit codes are those of `errors.py`."""
+    try:
+        code = _run_app(argv)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _forget_stdout()
+        code = 128 + 13  # as if SIGPIPE had ended it, which is what a reader that goes away means
+    except KeyboardInterrupt:
+        code = _interrupted()
+    except Terminated as error:
+        code = error.code
+        _say(str(error))
+    except RunFailed as error:
+        code = error.code
+        _say(f"error: {error}")
+    except Exception as error:
+        code = BAD_INPUT if is_users(error) else INTERNAL
+        if os.environ.get("TENKO_DEBUG", "0") not in ("", "0"):
+            traceback.print_exc()
+        _say(f"error: {one_line(error) if code == BAD_INPUT else internal(error, None)}")
+    sys.exit(code)
+
+
+def _run_app(argv: list[str] | None) -> int:
+    command: Any = typer.main.get_command(app)
+    try:
+        result = command.main(args=argv, prog_name="tenko", standalone_mode=False)
+    except Exception as error:
+        # typer carries click inside or beside it, by version: go by what the exception can do.
+        if type(error).__name__ == "Abort":
+            return _interrupted()
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(error.format_message())  # type: ignore[attr-defined]
+            return BAD_INPUT
+        if not hasattr(error, "format_message"):
+            raise
+        path = getattr(getattr(error, "ctx", None), "command_path", "tenko")
+        _say(f"error: {' '.join(error.format_message().split())} (see {path} --help)")
+        return BAD_INPUT
+    if result == INTERRUPTED:
+        return _interrupted()
+    return result if isinstance(result, int) else 0
+
+
+def _interrupted() -> int:
+    _say("interrupted; the same command goes on from here" if "run" in sys.argv[1:2] else "interrupted")
+    return INTERRUPTED
+
+
+def _say(line: str) -> None:
+    with suppress(OSError):  # stderr is gone: the exit code still tells
+        print(f"tenko: {line}", file=sys.stderr, flush=True)
+
+
+def _forget_stdout() -> None:
+    """Keep the interpreter from failing once more on the closed pipe when it flushes at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,232 @@
+"""What the commands of `cli.py` do. They raise; `cli.main` turns that into a line and an exit code."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from tenko.nmt.config import DecodeConfig, TrainConfig
+
+from .errors import INTERNAL, RunFailed, internal, is_users
+from .recipe import Recipe, load
+from .rundir import LOGS, REPORT, RunDirectory, RunLock
+from .spawn import last_update, limit_threads, raise_on_signals, run_workers
+from .summary import samples_lines, stage_table
+
+if TYPE_CHECKING:
+    from tenko.nmt.translate import Translator
+
+CHUNK = 1 << 16
+"""Bytes of stdin translated at once at most; what a terminal or a slow pipe has ready is translated at once."""
+
+
+def run(recipe_path: str, overrides: list[str], run_dir: Path | None) -> None:
+    """`tenko run`: make or go on with a run, then print what came out.
+
+    Raises:
+        ValueError, OSError: the user's errors, in one line.
+        RunFailed: a worker failed; the message says from where the same command goes on.
+        KeyboardInterrupt, Terminated: ended by a signal; workers are gone.
+    """
+    recipe = load(recipe_path, overrides)
+    directory = run_dir or Path("runs") / recipe.name
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # inside a torchrun or srun: be one of its workers
+        from .worker import main
+
+        main([recipe_path, *overrides, "--run-dir", str(directory)])
+    with raise_on_signals(), RunLock(directory):
+        state = RunDirectory.create(directory, recipe)
+        first = state.first_unfinished()
+        if first == len(recipe.stages):
+            print(f"{directory}: finished before; nothing to do")
+        elif recipe.workers > 1:
+            print(f"{directory}: {recipe.workers} workers, logs in {directory / LOGS}", flush=True)
+            _run_spawned(state)
+        else:
+            _run_here(state, first)
+        _print_outcome(state)
+
+
+def _run_spawned(state: RunDirectory) -> None:
+    recipe, directory = state.recipe, state.path
+    try:
+        run_workers(
+            workers=recipe.workers,
+            threads=recipe.threads,
+            log_dir=directory / LOGS,
+            args=["--run-dir", str(directory)],
+        )
+    except RunFailed as error:
+        raise RunFailed(f"{error}; {going_on(directory)}", error.code) from None
+
+
+def _run_here(state: RunDirectory, first: int) -> None:
+    """One worker: in this process. What it logs goes to a file, as workers' logs do."""
+    limit_threads(state.recipe.threads, 1)
+    from . import worker
+
+    log_dir = state.path / LOGS
+    log_dir.mkdir(exist_ok=True)
+    log = log_dir / "worker-0.log"
+    logging.basicConfig(filename=log, filemode="w", format="%(asctime)s %(name)s %(levelname)s: %(message)s")
+    try:
+        worker.run_stages(state, rank=0, first=first, resume=state.is_begun(first))
+    except Exception as error:
+        logging.getLogger().error("the run failed", exc_info=True)
+        if is_users(error):
+            raise
+        if os.environ.get("TENKO_DEBUG", "0") not in ("", "0"):
+            raise
+        raise RunFailed(internal(error, log), INTERNAL) from error
+
+
+def going_on(directory: Path) -> str:
+    """How to go on with a run that ended early."""
+    update = last_update(directory)
+    return "the same command " + (f"goes on from update {update}" if update is not None else "begins the stage again")
+
+
+def _print_outcome(state: RunDirectory) -> None:
+    results = [(spec, result) for i, spec in enumerate(state.recipe.stages) if (result := state.result(i))]
+    print()
+    print(stage_table(results))
+    lines = samples_lines(results[-1][1] if results else {}, 3)
+    if lines:
+        print("\nUnseen sentences (source, reference, translation):")
+        print("\n".join(lines))
+    print(f"\nReport: {state.path / REPORT}")
+
+
+def decode_config(recipe: Recipe, beam: int | None) -> DecodeConfig:
+    """Beam search as the recipe trains with, `beam` over it."""
+    configs = [spec.config.decode for spec in recipe.stages if isinstance(spec.config, TrainConfig)]
+    base = configs[0] if configs else DecodeConfig()
+    return base if beam is None else dataclasses.replace(base, beam=beam)
+
+
+def _translator(run_dir: Path, stage: str | None, threads: int | None, device: str) -> tuple[Translator, Recipe]:
+    state = RunDirectory.read(run_dir)
+    artefact = state.artefact(stage)
+    limit_threads(threads or 0, 1)
+    logging.disable(logging.INFO)
+    import torch
+
+    from tenko.nmt.translate import Translator
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device: cuda is not available here; valid: cpu")
+    return Translator.load(artefact, threads=threads, device=device), state.recipe
+
+
+def translate(run_dir: Path, stage: str | None, beam: int | None, threads: int | None, device: str) -> None:
+    """`tenko translate`: stdin to stdout, a chunk of lines at a time."""
+    translator, recipe = _translator(run_dir, stage, threads, device)
+    decode = decode_config(recipe, beam)
+    for lines in read_chunks(sys.stdin.buffer):
+        for line in translator.translate(lines, decode=decode):
+            sys.stdout.buffer.write(line.encode("utf-8") + b"\n")
+        sys.stdout.buffer.flush()
+
+
+def read_chunks(stream: BinaryIO) -> Iterator[list[str]]:
+    """Lines in groups as they become available, without line ends; a last line needs none.
+
+    Raises:
+        ValueError: invalid UTF-8, after the lines before it; names the line.
+    """
+    number, rest, read = 0, b"", getattr(stream, "read1", stream.read)
+    while True:
+        block = read(CHUNK)
+        *complete, rest = (rest + block).split(b"\n")
+        if not block and rest:
+            complete, rest = [rest], b""
+        lines: list[str] = []
+        for raw in complete:
+            number += 1
+            try:
+                lines.append(raw.removesuffix(b"\r").decode("utf-8"))
+            except UnicodeDecodeError:
+                if lines:
+                    yield lines
+                raise ValueError(f"stdin: line {number}: invalid UTF-8") from None
+        if lines:
+            yield lines
+        if not block:
+            return
+
+
+def evaluate(
+    run_dir: Path,
+    test: Path,
+    stage: str | None,
+    beam: int | None,
+    threads: int | None,
+    device: str,
+    *,
+    as_json: bool,
+) -> None:
+    """`tenko evaluate`: scores on a TSV of English and Czech."""
+    from tenko.nmt.text_io import read_pairs, source_files
+
+    if str(test) == "embedded":
+        raise ValueError("--test: give a TSV file")
+    pairs = list(read_pairs(source_files(str(test), "--test")))
+    if not pairs:
+        raise ValueError(f"--test: {test} is empty")
+    translator, recipe = _translator(run_dir, stage, threads, device)
+    from tenko.nmt.evaluate import evaluate as score
+
+    from .progress import Reporter
+
+    english, czech = [list(side) for side in zip(*pairs, strict=True)]
+    sources, references = (english, czech) if translator.direction == "en-cs" else (czech, english)
+    with Reporter(enabled=not as_json and sys.stdout.isatty()) as reporter:
+        reporter.start(f"translating {test.name}", len(sources))
+        scores = score(
+            translator, sources, references, decode_config(recipe, beam), lambda done, total: reporter.advance(done)
+        )
+    figures = {
+        "bleu": scores.bleu,
+        "chrf": scores.chrf,
+        "sentences": scores.sentences,
+        "tokens_per_second": scores.tokens_per_second,
+        "bleu_signature": scores.bleu_signature,
+        "chrf_signature": scores.chrf_signature,
+        "direction": translator.direction,
+        "stage": RunDirectory.read(run_dir).find_stage(stage).name.partition("-")[2],
+    }
+    if as_json:
+        print(json.dumps(figures, ensure_ascii=False))
+        return
+    print(f"BLEU {scores.bleu:.2f}  {scores.bleu_signature}")
+    print(f"chrF {scores.chrf:.2f}  {scores.chrf_signature}")
+    print(f"{scores.sentences:,} sentences, {scores.tokens_per_second:,.0f} tokens/s, {translator.direction}")
+
+
+def export(run_dir: Path, out: Path, format: str, stage: str | None) -> None:
+    """`tenko export`: write the artefact for another program and print where."""
+    artefact = RunDirectory.read(run_dir).artefact(stage)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out: {out} exists and is not an empty folder; choose another")
+    assert format == "fairseq", format
+    logging.disable(logging.INFO)
+    from tenko.nmt.export import export_fairseq
+
+    print(export_fairseq(artefact, out))
+
+
+def report(run_dir: Path) -> None:
+    """`tenko report`: write the reports anew from what the run directory holds."""
+    state = RunDirectory.read(run_dir)
+    from .report import write_report
+
+    path = write_report(state)
+    results = [(spec, result) for i, spec in enumerate(state.recipe.stages) if (result := state.result(i))]
+    print(stage_table(results) if results else f"{run_dir}: no stage is finished yet")
+    print(f"\nReport: {path}")

@@ -1,0 +1,121 @@
+"""report.html: one file that needs no network: table of stages, curves, sample translations, the resolved recipe."""
+
+from __future__ import annotations
+
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from .files import write_text_atomic
+from .metrics import read_metrics
+from .recipe import StageSpec, dump
+from .rundir import METRICS, REPORT, RunDirectory
+from .summary import COLUMNS, stage_rows
+
+SAMPLES = 20
+"""Sample translations shown of a stage."""
+
+_CSS = """
+:root { color-scheme: light dark; --line: #8884; --soft: #8881; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { margin-bottom: 0; } h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line); }
+table { border-collapse: collapse; } th, td { padding: .3rem .8rem; border-bottom: 1px solid var(--line); }
+th { text-align: left; font-weight: 600; } .figures td + td, .figures th + th { text-align: right; }
+.figures td { font-variant-numeric: tabular-nums; white-space: nowrap; }
+.wide { overflow-x: auto; } .samples td { vertical-align: top; width: 33%; }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(24rem, 1fr)); gap: 1rem; }
+figure { margin: 0; } figcaption { font-weight: 600; } svg { width: 100%; height: auto; }
+pre { background: var(--soft); padding: 1rem; overflow-x: auto; } .quiet { opacity: .7; }
+"""
+
+
+def write_report(run: RunDirectory) -> Path:
+    """Write report.html of the run, and one in the folder of each stage that has begun.
+
+    Returns:
+        The path of the run's.
+
+    Raises:
+        ValueError: a damaged metrics.jsonl or result.json; names file and line.
+        OSError: it cannot be written.
+    """
+    sections: list[str] = []
+    rows: list[tuple[StageSpec, dict[str, Any]]] = []
+    for index, spec in enumerate(run.recipe.stages):
+        directory = run.stage_directory(index)
+        result = run.result(index)
+        if result is not None:
+            rows.append((spec, result))
+        if not directory.is_dir():
+            sections.append(f"<h2>{escape(spec.name)}</h2><p class=quiet>Not begun.</p>")
+            continue
+        section = _stage(spec, directory, result)
+        sections.append(section)
+        table = _table([(spec, result)] if result is not None else [])
+        title = f"{run.recipe.name}: {spec.name}"
+        write_text_atomic(directory / REPORT, _page(title, run, table + section))
+    path = run.path / REPORT
+    write_text_atomic(path, _page(run.recipe.name, run, _table(rows) + "".join(sections)))
+    return path
+
+
+def _page(title: str, run: RunDirectory, body: str) -> str:
+    recipe = run.recipe
+    source, target = ({"en": "English", "cs": "Czech"}[side] for side in recipe.direction.split("-"))
+    workers = "1 worker" if recipe.workers == 1 else f"{recipe.workers} workers"
+    stages = ", then ".join(escape(spec.name) for spec in recipe.stages)
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>tenko: {escape(title)}</title>'
+        f'<meta name="viewport" content="width=device-width"><style>{_CSS}</style></head><body>'
+        f"<h1>{escape(title)}</h1><p>{source} to {target}, {workers}, seed {recipe.seed}: {stages}.</p>"
+        f"{body}<h2>Recipe, resolved</h2><pre>{escape(dump(recipe))}</pre></body></html>\n"
+    )
+
+
+def _table(rows: list[tuple[StageSpec, dict[str, Any]]]) -> str:
+    if not rows:
+        return "<p>No stage is finished yet.</p>"
+    head = "".join(f"<th>{escape(column)}</th>" for column in COLUMNS)
+    lines = "".join(
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>" for cells in stage_rows(rows)
+    )
+    signatures = {
+        name: result[key]
+        for name, key in (("BLEU", "bleu_signature"), ("chrF", "chrf_signature"))
+        for _, result in rows
+        if result.get(key)
+    }
+    notes = [f"{name}: <code>{escape(str(signature))}</code>" for name, signature in signatures.items()]
+    if sentences := next((result["sentences"] for _, result in rows if result.get("sentences")), None):
+        notes.insert(0, f"{sentences:,} test sentences, translated by the artefact read back from disk")
+    notes.append("wire: bytes one worker sent, beside what an fp32 ring all-reduce would have")
+    table = f"<div class=wide><table class=figures><tr>{head}</tr>{lines}</table></div>"
+    return f"{table}<p class=quiet>{'; '.join(notes)}.</p>"
+
+
+def _stage(spec: StageSpec, directory: Path, result: dict[str, Any] | None) -> str:
+    parts = [f"<h2>{escape(spec.name)}</h2>"]
+    entries = read_metrics(directory / METRICS)
+    if result is None:
+        updates = [entry["update"] for entry in entries if isinstance(entry.get("update"), int)]
+        reached = f"; the last line of metrics is of update {max(updates):,}" if updates else ""
+        parts.append(f"<p class=quiet>Not finished{reached}.</p>")
+    if entries:
+        from .plots import stage_plots  # matplotlib, a second to import
+
+        figures = "".join(
+            f"<figure><figcaption>{escape(title)}</figcaption>{svg}</figure>" for title, svg in stage_plots(entries)
+        )
+        parts.append(f"<div class=plots>{figures}</div>")
+    samples = (result or {}).get("samples") or []
+    if samples:
+        lines = "".join(
+            "<tr>" + "".join(f"<td>{escape(str(sample.get(key, '')))}</td>" for key in _SAMPLE) + "</tr>"
+            for sample in samples[:SAMPLES]
+        )
+        head = "".join(f"<th>{key.capitalize()}</th>" for key in _SAMPLE)
+        parts.append(f"<h3>Unseen sentences</h3><table class=samples><tr>{head}</tr>{lines}</table>")
+    return "".join(parts)
+
+
+_SAMPLE = ("source", "reference", "hypothesis")
