@@ -6,12 +6,15 @@ Where fairseq needs help, and what is done about it here:
 - Official 0.12.2 does not import on Python 3.11; the maintained build is `ve-fairseq`, whose version is checked.
 - A criterion asks the model for `get_normalized_probs`, which a DDP wrapper hides: `ModelWithLoss` puts model and loss
   into one module, so that DDP wraps both and its hooks see one forward.
-- The output projection and the log-softmax run over padding too (5 to 20 % of the rows): rows of padding are
-  dropped before the projection; the sums are fairseq's, term by term.
+- The output projection and its loss run over padding too, and the loss takes nine passes over the logits: rows of
+  padding are dropped before the projection, `loss.py` takes three passes; a test holds the sums and the gradients
+  to fairseq's own criterion.
 - A CPU takes attention through `scaled_dot_product_attention`'s flash kernel, whose backward is slow for short
   sentences: the plain kernel is chosen (`short_attention`).
 - Its data iterators seed the order with seed + epoch when made, so a resumed run sees another order: only
   `batch_by_size` is used, the order is ours (`batches.py`).
+- `batch_by_size` drops the last batch if its size is no multiple of `required_batch_size_multiple`, so the longest
+  sentences are never seen: what it dropped is put back.
 - Generation drops what is too long and reorders: `Beam.generate` gives hypotheses by position.
 """
 
@@ -31,6 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import DecodeConfig, ModelConfig
+from .loss import label_smoothed_cross_entropy
 
 KNOWN_VERSIONS = ("0.12.3",)
 PAD, EOS = 1, 2
@@ -56,7 +60,6 @@ def _import_fairseq() -> Any:
 
 
 _import_fairseq()
-from fairseq.criterions.label_smoothed_cross_entropy import label_smoothed_nll_loss  # noqa: E402
 from fairseq.data import Dictionary, data_utils  # noqa: E402
 from fairseq.data.language_pair_dataset import collate as _fairseq_collate  # noqa: E402
 from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_NAME_REGISTRY  # noqa: E402
@@ -157,8 +160,7 @@ class ModelWithLoss(nn.Module):
         target_n = target_bt.reshape(-1).index_select(0, kept_n)
         features_nc = features_btc.reshape(-1, features_btc.size(-1)).index_select(0, kept_n)
         logits_nv = self.model.decoder.output_layer(features_nc)
-        log_probs_nv = torch.log_softmax(logits_nv, dim=-1, dtype=torch.float32)
-        return label_smoothed_nll_loss(log_probs_nv, target_n, self.label_smoothing, ignore_index=None)
+        return label_smoothed_cross_entropy(logits_nv, target_n, self.label_smoothing)
 
 
 @contextlib.contextmanager
@@ -182,13 +184,15 @@ def batch_by_tokens(order: np.ndarray, sizes: np.ndarray, max_tokens: int, multi
         max_tokens: longest sentence of a batch times its sentences.
         multiple: batches hold this multiple of sentences where they can.
     """
-    return data_utils.batch_by_size(
+    batches = data_utils.batch_by_size(
         order,
         num_tokens_fn=None,
         num_tokens_vec=sizes[order].astype(np.int64),
         max_tokens=max_tokens,
         required_batch_size_multiple=multiple,
     )
+    batched = sum(len(b) for b in batches)
+    return batches if batched == len(order) else [*batches, order[batched:]]
 
 
 def collate(pairs: Sequence[tuple[int, np.ndarray, np.ndarray | None]]) -> dict[str, Any]:
