@@ -90,6 +90,12 @@ class BucketPlan:
         return key_words(prefix, np.array(self.tensors, dtype=np.int64)[part.tensors])
 
 
+def all_gather(output: Tensor, input: Tensor, group: dist.ProcessGroup | None) -> None:
+    """Every rank's `input` [m], side by side in `output` [n * m]; the call was renamed in torch 2.13."""
+    gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
+    gather(output, input, group=group)
+
+
 def mean_in_place(
     buffer: Tensor, plan: BucketPlan, *, seed: int, step: int, group: dist.ProcessGroup | None, meter: WireMeter
 ) -> None:
@@ -110,7 +116,7 @@ def mean_in_place(
     for sender in range(n):
         plan.up.decode_shard(plan.received[sender], plan.mine, plan.total, factor=1 / n, add=sender > 0)
     plan.down.encode_shard(plan.total, plan.mine, plan.keys(plan.mine, (seed, step, DOWN)), plan.mean)
-    dist.all_gather_into_tensor(plan.means.view(-1), plan.mean, group=group)
+    all_gather(plan.means.view(-1), plan.mean, group)
     meter.count(up=plan.sent.numel() - mine, down=(n - 1) * plan.down_size, numel=buffer.numel(), world_size=n)
 
     whole = buffer if buffer.dtype == torch.float32 else torch.empty_like(buffer, dtype=torch.float32)

@@ -1,0 +1,68 @@
+"""The hook in real torchrun jobs of 2 and 4 ranks on gloo; what is demanded stands in `hook_worker.py`."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+WORKER = Path(__file__).with_name("hook_worker.py")
+SCENARIOS = ["agree", "bounds", "overflow", "no_sync", "meter", "plain", "refuse"]
+pytestmark = pytest.mark.torchrun
+
+
+def torchrun(ranks: int, folder: Path, *scenarios: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return subprocess.run(
+        [*command, str(WORKER), str(ranks), str(folder), *scenarios],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+
+
+def held(done: subprocess.CompletedProcess[str]) -> list[str]:
+    return [line.removeprefix("holds: ") for line in done.stdout.splitlines() if line.startswith("holds: ")]
+
+
+# Starting the ranks is most of the time, so three jobs serve all tests.
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("hook")
+
+
+@pytest.fixture(scope="module")
+def two_ranks(folder: Path) -> subprocess.CompletedProcess[str]:
+    return torchrun(2, folder, *SCENARIOS, "cut")
+
+
+@pytest.fixture(scope="module")
+def two_ranks_again(folder: Path, two_ranks: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[str]:
+    assert "cut" in held(two_ranks), two_ranks.stderr[-4000:]
+    return torchrun(2, folder, "resume", "fail")
+
+
+def test_two_ranks_agree_and_bytes_are_counted(two_ranks: subprocess.CompletedProcess[str]) -> None:
+    assert held(two_ranks) == [*SCENARIOS, "cut"], two_ranks.stderr[-4000:]
+    assert two_ranks.returncode == 0, two_ranks.stderr[-4000:]
+
+
+def test_four_ranks_agree_and_bytes_are_counted(folder: Path) -> None:
+    done = torchrun(4, folder, *SCENARIOS)
+    assert held(done) == SCENARIOS, done.stderr[-4000:]
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def test_resumed_run_equals_uncut_run(two_ranks_again: subprocess.CompletedProcess[str]) -> None:
+    assert "resume" in held(two_ranks_again), two_ranks_again.stderr[-4000:]
+
+
+def test_failed_exchange_ends_the_job_with_its_reason(two_ranks_again: subprocess.CompletedProcess[str]) -> None:
+    assert "fail" not in held(two_ranks_again)
+    assert two_ranks_again.returncode != 0
+    assert "broken on purpose" in two_ranks_again.stderr
