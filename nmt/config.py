@@ -156,6 +156,8 @@ class TrainConfig:
     """The artefact averages the weights of this many last checkpoints; 1 takes the best by validation BLEU."""
     patience: int = 0
     """Stop after this many validations without a better BLEU; 0 never stops early."""
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Where figures go beside metrics.jsonl; `pip install tenko[trackers]` brings TensorBoard."""
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     """Beam search for validation and test."""
 

@@ -15,6 +15,7 @@ Where fairseq needs help, and what is done about it here:
   `batch_by_size` is used, the order is ours (`batches.py`).
 - `batch_by_size` drops the last batch if its size is no multiple of `required_batch_size_multiple`, so the longest
   sentences are never seen: what it dropped is put back.
+- Attention gets a float mask for the future and a boolean one for padding, which torch warns about: muted.
 - Generation drops what is too long and reorders: `Beam.generate` gives hypotheses by position.
 """
 
@@ -24,6 +25,7 @@ import contextlib
 import io
 import logging
 import sys
+import warnings
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -37,6 +39,7 @@ from .config import DecodeConfig, ModelConfig
 from .loss import label_smoothed_cross_entropy
 
 KNOWN_VERSIONS = ("0.12.3",)
+warnings.filterwarnings("ignore", "Support for mismatched key_padding_mask", UserWarning)
 PAD, EOS = 1, 2
 
 
