@@ -76,7 +76,7 @@ def _main_options(
 @app.command()
 def run(
     recipe: Annotated[
-        str, typer.Argument(metavar="RECIPE", help="YAML file, or a bundled recipe: demo, debian, tiny.")
+        str, typer.Argument(metavar="RECIPE", help="YAML file, or a bundled recipe: demo, debian, debian-small, tiny.")
     ],
     overrides: Annotated[
         list[str] | None,

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 CONFIG, LOCK, REPORT, LOGS = "config.yaml", "lock", "report.html", "logs"
 RESULT, METRICS, ARTEFACT, CHECKPOINTS = "result.json", "metrics.jsonl", "artefact", "checkpoints"
+_CHECKPOINT = re.compile(r"update-\d+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,9 +160,9 @@ class RunDirectory:
         return artefact
 
     def is_begun(self, index: int) -> bool:
-        """Whether an earlier run has left checkpoints of that stage."""
+        """Whether an earlier run has left checkpoints of that stage, under the names of `nmt/checkpoint.py`."""
         checkpoints = self.stage_directory(index) / CHECKPOINTS
-        return checkpoints.is_dir() and any(not path.name.startswith(".") for path in checkpoints.iterdir())
+        return checkpoints.is_dir() and any(_CHECKPOINT.fullmatch(path.name) for path in checkpoints.iterdir())
 
     def first_unfinished(self) -> int:
         """Index of the first stage without a result; the number of stages when all are finished."""

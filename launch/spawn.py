@@ -196,17 +196,22 @@ def last_update(run_dir: Path) -> int | None:
 
 @contextmanager
 def _own_log(path: Path) -> Iterator[None]:
-    """Send what torch.distributed logs to a file instead of the terminal."""
-    logger = logging.getLogger("torch.distributed")
+    """Send what torch.distributed logs to a file; torch gives its loggers handlers of their own on stderr."""
+    top = logging.getLogger("torch.distributed")
+    names = [name for name in logging.Logger.manager.loggerDict if name.startswith(f"{top.name}.")]
+    loggers = [top, *(logging.getLogger(name) for name in names)]
+    before = [(logger, logger.handlers, logger.propagate) for logger in loggers]
+    for logger in loggers:
+        logger.handlers, logger.propagate = [], logger is not top
     handler = logging.FileHandler(path, mode="w", encoding="utf-8", delay=True)
-    propagate, logger.propagate = logger.propagate, False
-    logger.addHandler(handler)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s: %(message)s"))
+    top.addHandler(handler)
     try:
         yield
     finally:
-        logger.removeHandler(handler)
-        logger.propagate = propagate
         handler.close()
+        for logger, handlers, propagate in before:
+            logger.handlers, logger.propagate = handlers, propagate
 
 
 @contextmanager

@@ -1,0 +1,157 @@
+"""Recipes: what is accepted, and the one line for everything that is not."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tenko.comm.config import CommConfig
+from tenko.compression.config import QuantizeConfig
+from tenko.launch import recipe
+from tenko.nmt.config import DataConfig, ModelConfig, TrainConfig
+
+SMALL = """\
+name: x
+data:
+  vocab_size: 500
+stages:
+  - train:
+      lr: 5e-4
+      max_update: 10
+  - quantize: {}
+"""
+
+
+def error_of(text: str, *overrides: str) -> str:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        recipe.loads(text, "r.yaml", list(overrides))
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("name", recipe.bundled())
+def test_bundled_recipes_load_and_round_trip(name: str) -> None:
+    loaded = recipe.load(name)
+    assert loaded.name == name
+    assert recipe.loads(recipe.dump(loaded), "again") == loaded
+
+
+def test_the_demo_and_tiny_are_bundled() -> None:
+    assert {"demo", "debian", "tiny"} <= set(recipe.bundled())
+
+
+def test_the_demo_explains_every_key() -> None:
+    loaded = yaml.safe_load(Path(recipe.__file__).parents[1].joinpath("recipes/demo.yaml").read_text())
+    train, quantize = loaded["stages"]
+    for config, node in (
+        (recipe.Recipe, loaded),
+        (DataConfig, loaded["data"]),
+        (ModelConfig, loaded["model"]),
+        (CommConfig, loaded["comm"]),
+        (TrainConfig, train["train"]),
+        (QuantizeConfig, quantize["quantize"]),
+    ):
+        assert {field.name for field in dataclasses.fields(config)} == set(node)
+
+
+def test_values_reach_their_fields_with_their_types() -> None:
+    loaded = recipe.loads(SMALL, "r.yaml", ["data.train={en: a.gz, cs: b}", "train.adam_betas=[0.8, 0.9]", "name=2024"])
+    train = loaded.stages[0].config
+    assert isinstance(train, TrainConfig)
+    assert train.lr == 5e-4, "YAML 1.1 reads 5e-4 as text"
+    assert train.adam_betas == (0.8, 0.9)
+    assert loaded.data.train == {"en": "a.gz", "cs": "b"}
+    assert loaded.name == "2024"
+    assert recipe.loads(recipe.dump(loaded), "again") == loaded
+
+
+def test_stages_of_one_kind_are_told_apart_by_name() -> None:
+    loaded = recipe.loads(SMALL + "    name: packed\n", "r.yaml", ["packed.exclude=['*embed*']"])
+    assert [spec.name for spec in loaded.stages] == ["train", "packed"]
+    assert recipe.loads(recipe.dump(loaded), "again") == loaded
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("lr: 5e-4", "lrr: 5e-4", "r.yaml:6: train.lrr: unknown key; did you mean lr? valid: max_update, max_tokens"),
+        ("lr: 5e-4", "lr: fast", "r.yaml:6: train.lr: must be a number, is fast"),
+        ("lr: 5e-4", "lr: .nan", "r.yaml:6: train.lr: must be a number, is .nan"),
+        ("lr: 5e-4", "lr: -1", "r.yaml:6: train.lr: must be above 0, is -1.0"),
+        ("lr: 5e-4", "precision: fp8", "r.yaml:6: train.precision: must be one of auto, fp32, bf16, fp16, is fp8"),
+        ("max_update: 10", "max_update: 1.5", "r.yaml:7: train.max_update: must be a whole number, is 1.5"),
+        ("max_update: 10", "max_update: true", "r.yaml:7: train.max_update: must be a whole number, is true"),
+        ("max_update: 10", "lr: 1", "r.yaml:7: lr: set twice, first at r.yaml:6"),
+        ("max_update: 10", "adam_betas: [1]", "r.yaml:7: train.adam_betas: must be a list of 2, is a list of 1"),
+        ("max_update: 10", "decode: {beam: 0}", "r.yaml:7: train.decode.beam: must be at least 1, is 0"),
+        ("vocab_size: 500", "train: [a, b]", "r.yaml:3: data.train: must be text or a mapping, is a list of 2"),
+        ("vocab_size: 500", "train: {en: a}", "r.yaml:3: data.train: needs the keys en and cs, has ['en']"),
+        ("vocab_size: 500", "vocab_size: [", "r.yaml:5: not valid YAML"),
+        ("  vocab_size: 500", "  - 3", "r.yaml:3: data: must be a mapping of keys to values, is a list of 1"),
+        ("name: x", "name: a b", "r.yaml:1: name: letters, digits, - and _ only, is 'a b'"),
+        ("name: x", "workers: 1", "r.yaml:1: name: missing"),
+        ("name: x", "name: x\nworkers: 0", "r.yaml:2: workers: must be 1 to 1024, is 0"),
+        ("name: x", "name: x\n\x07", "r.yaml:2: not valid YAML"),
+        ("- quantize", "- quantise", "r.yaml:8: stages[1]: unknown stage quantise; kinds: train, quantize"),
+        ("- quantize: {}", "- {}", "r.yaml:8: stages[1]: needs one kind, has none; kinds: train, quantize"),
+        ("- quantize: {}", "- train: {}", "r.yaml:8: stages[1]: a second stage named train"),
+        ("- quantize: {}", "- train: {}\n    name: b", "r.yaml:8: train: starts from the corpus and must be first"),
+        (SMALL[SMALL.index("stages") :], "stages: [quantize]\n", "r.yaml:4: quantize: must follow train, is first"),
+        (SMALL[SMALL.index("stages") :], "stages: []\n", "r.yaml:4: stages: must be a list of at least one stage"),
+        (SMALL, "", "r.yaml:1: empty; a recipe needs at least name and stages"),
+        (SMALL, "- 1", "r.yaml:1: must be a mapping of keys to values, is a list of 1"),
+    ],
+)
+def test_a_mistake_is_one_line_with_its_place(old: str, new: str, message: str) -> None:
+    assert old in SMALL
+    assert error_of(SMALL.replace(old, new, 1)).startswith(message)
+
+
+def test_all_mistakes_are_counted() -> None:
+    text = SMALL.replace("vocab_size: 500", "vocab_size: 1").replace("lr: 5e-4", "lr: 0")
+    assert error_of(text) == "r.yaml:3: data.vocab_size: must be 64 to 1000000, is 1 (and 1 more)"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.lr", "override train.lr: must be key=value"),
+        ("train.lr=x", "override train.lr=x: train.lr: must be a number, is x"),
+        ("train.lrr=1", "override train.lrr=1: train.lrr: unknown key; did you mean lr? valid:"),
+        ("trian.lr=1", "override trian.lr=1: trian: unknown key;"),
+        ("seed=-1", "override seed=-1: seed: must be 0 to 2^63 - 1, is -1"),
+        ("stages=[]", "override stages=[]: stages are set in the recipe file"),
+        ("train=1", "override train=1: names a stage; set one of its keys"),
+        ("data.x=[", "override data.x=[: not valid YAML"),
+    ],
+)
+def test_a_mistake_in_an_override_names_it(override: str, message: str) -> None:
+    assert error_of(SMALL, override).startswith(message)
+
+
+def test_unknown_recipe_names_the_bundled_ones() -> None:
+    with pytest.raises(ValueError, match=r"^demmo: no such recipe; give a YAML file or one of .*demo"):
+        recipe.load("demmo")
+
+
+def test_invalid_utf8_names_the_line(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_bytes(b"name: x\n# \xff\n")
+    with pytest.raises(ValueError, match=r"r\.yaml:2: not valid UTF-8"):
+        recipe.load(str(path))
+
+
+def test_a_bad_recipe_stops_the_command_before_anything_is_written(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(SMALL.replace("lr:", "lrr:"))
+    command = [sys.executable, "-m", "tenko.launch.cli", "run", "r.yaml"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("tenko: error: r.yaml:6: train.lrr: unknown key; did you mean lr?")
+    assert done.stderr.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["r.yaml"]
