@@ -42,9 +42,17 @@ setup(
     ],
     extras_require={
         "ctranslate2": ["ctranslate2>=4.8"],
-        "gpu": ["triton>=3"],
         "trackers": ["tensorboard>=2.18"],
-        "dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.12", "mypy>=1.16", "types-PyYAML", "ctranslate2>=4.8"],
+        "dev": [
+            "setuptools>=77",
+            "psutil>=5",
+            "pytest>=8",
+            "hypothesis>=6",
+            "ruff>=0.12",
+            "mypy>=1.16",
+            "types-PyYAML",
+            "ctranslate2>=4.8",
+        ],
     },
     entry_points={"console_scripts": ["tenko = tenko.launch.cli:main"]},
     classifiers=[
