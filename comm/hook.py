@@ -25,8 +25,8 @@ class QuantizedAllReduce(Route):
     """Quantized gradients up to the owners of shards, quantized means down: tells DDP the mean over all ranks.
 
     On a CPU (gloo) buckets are exchanged by one thread, over a process group of the hook's own, while backward goes on.
-    On CUDA (NCCL) the same algorithm runs on the current stream, in torch operations; that path is tested on the CPU
-    and has not been run on several GPUs, as none were at hand.
+    On CUDA (NCCL) the same algorithm runs on the current stream, in torch operations. The arithmetic of those is
+    tested; the exchange over NCCL has not been run on several GPUs, as there were none at hand.
 
     Args:
         bits: bits an element on the way up, 2, 3, 4 or 8.
