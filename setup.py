@@ -56,7 +56,6 @@ setup(
     },
     entry_points={"console_scripts": ["tenko = tenko.launch.cli:main"]},
     classifiers=[
-        "License :: OSI Approved :: MIT License",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",

@@ -158,9 +158,8 @@ class ModelWithLoss(nn.Module):
         inputs = sample["net_input"]
         with short_attention(inputs["src_tokens"]):
             features_btc, _ = self.model(**inputs, features_only=True)
-        target_bt = sample["target"]
-        kept_n = target_bt.ne(PAD).reshape(-1).nonzero().squeeze(1)
-        target_n = target_bt.reshape(-1).index_select(0, kept_n)
+        kept_n = sample["kept"]
+        target_n = sample["target"].reshape(-1).index_select(0, kept_n)
         features_nc = features_btc.reshape(-1, features_btc.size(-1)).index_select(0, kept_n)
         logits_nv = self.model.decoder.output_layer(features_nc)
         return label_smoothed_cross_entropy(logits_nv, target_n, self.label_smoothing)
@@ -206,7 +205,8 @@ def collate(pairs: Sequence[tuple[int, np.ndarray, np.ndarray | None]]) -> dict[
 
     Returns:
         `net_input.src_tokens [batch, source length]`, `net_input.prev_output_tokens` and
-        `target [batch, target length]`, `ntokens` (target tokens), `id [batch]`.
+        `target [batch, target length]`, `kept [target tokens]` (places in the flattened target that are no padding),
+        `ntokens` (target tokens), `id [batch]`.
     """
     samples = [
         {
@@ -216,7 +216,11 @@ def collate(pairs: Sequence[tuple[int, np.ndarray, np.ndarray | None]]) -> dict[
         }
         for index, source, target in pairs
     ]
-    return _fairseq_collate(samples, PAD, EOS)
+    batch = _fairseq_collate(samples, PAD, EOS)
+    if batch["target"] is not None:
+        # Found here, on the CPU: finding it on a GPU would wait for the device.
+        batch["kept"] = batch["target"].reshape(-1).ne(PAD).nonzero().squeeze(1)
+    return batch
 
 
 class Beam:
