@@ -9,9 +9,10 @@ Notable:
 - Two elements, half a block apart, share one 32-bit hash: 16 random bits each.
 - The arithmetic, operation by operation, is `reference.py`'s; tests hold the two together bit for bit.
 
-Importing this module compiles the kernels (about 3 seconds) or loads them from numba's cache: import it late. A
-table is what `layout.py` makes: int64 [segments, 5], columns start, numel, groups before, blocks before, first
-block.
+numba's cache looks at this file alone: after a change of the constants in `reference.py`, change this file too
+(a test fails otherwise). Importing this module compiles the kernels (about 5 seconds) or loads them from
+numba's cache: import it late. A table is what `layout.py` makes: int64 [segments, 5], columns start, numel,
+groups before, blocks before, first block.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def _sum_of_squares(x):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def _scale_of(x, bits_of_x, clip):  # type: ignore[no-untyped-def]
+def _scale_of(x, bits_of_x, clip, box, bits_of_box):  # type: ignore[no-untyped-def]
     """Scale of a block: min(max |x|, clip * sigma); NaN when an element is not finite, 0 when nothing is to be sent."""
     largest_bits = np.int32(0)
     zeros = np.int32(0)
@@ -88,7 +89,8 @@ def _scale_of(x, bits_of_x, clip):  # type: ignore[no-untyped-def]
         return np.float32(np.nan)
     if largest_bits == 0:
         return np.float32(0)
-    largest = np.array([largest_bits], dtype=np.int32).view(np.float32)[0]
+    bits_of_box[0] = largest_bits  # two views of one number: the cheap way from bits to a float
+    largest = box[0]
     scale = np.float64(largest)
     if clip > 0:
         if _MIN_PLAIN < largest < _MAX_PLAIN:
@@ -180,6 +182,7 @@ def encode_table(x, table, keys, out, block, bits, clip):  # type: ignore[no-unt
     padded = np.empty(block, dtype=np.float32)
     scale_box = np.empty(1, dtype=np.float32)
     scale_bytes = scale_box.view(np.uint8)
+    bits_of_scale = scale_box.view(np.int32)
     end = 0
     for s in range(table.shape[0]):
         start, numel = table[s, 0], table[s, 1]
@@ -195,7 +198,7 @@ def encode_table(x, table, keys, out, block, bits, clip):  # type: ignore[no-unt
                 piece = padded[: groups * 8]
                 piece[:length] = x[begin : begin + length]
                 piece[length:] = 0
-            scale = _scale_of(piece[:length], piece[:length].view(np.int32), clip)
+            scale = _scale_of(piece[:length], piece[:length].view(np.int32), clip, scale_box, bits_of_scale)
             mine = codes[: groups * 8]
             if scale > 0:  # False for NaN
                 counter = np.uint32((table[s, 4] + b) * (block // 2))

@@ -45,8 +45,8 @@ def loss_of(model: nn.Module, step: int) -> Tensor:
     return (output - 1).square().mean()
 
 
-def wrapped(route: Route | None, dtype: torch.dtype = torch.float32) -> DistributedDataParallel:
-    model = DistributedDataParallel(Model().to(dtype), bucket_cap_mb=BUCKET_MB)
+def wrapped(route: Route | None, dtype: torch.dtype = torch.float32, view: bool = False) -> DistributedDataParallel:
+    model = DistributedDataParallel(Model().to(dtype), bucket_cap_mb=BUCKET_MB, gradient_as_bucket_view=view)
     if route is not None:
         assert register(model, route) is route
     return model
@@ -104,10 +104,10 @@ def counted_collectives() -> Iterator[dict[str, int]]:
 
 
 def agree(_: Path) -> None:
-    """All ranks hold the same bits after every update, through the rebuilding of buckets; also in bf16."""
-    for dtype in (torch.float32, torch.bfloat16):
+    """All ranks hold the same bits after every update, through the rebuilding of buckets; also in bf16 and in views."""
+    for dtype, view in ((torch.float32, False), (torch.bfloat16, False), (torch.float32, True)):
         route = QuantizedAllReduce(bits=3, clip=3.0, block=64)
-        model = wrapped(route, dtype)
+        model = wrapped(route, dtype, view)
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
         first = float(loss_of(model.module, 0))
         for step in range(25):
