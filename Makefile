@@ -44,6 +44,7 @@ $(VENV)/.dependencies: constraints.txt requirements-fairseq.txt setup.py
 # A strict editable install links single files: anew whenever a file comes or goes.
 $(VENV)/.tenko: $(VENV)/.dependencies $(VENV)/.files
 	$(PIP) --no-deps --no-build-isolation --config-settings editable_mode=strict --editable .
+	$(BIN)/python -c 'import tenko.comm.kernels'  # compiles and caches the kernels, seconds that no run should pay for
 	touch $@
 
 $(VENV)/.files: $(VENV)/.dependencies FORCE
