@@ -93,6 +93,7 @@ def draw(curves: Sequence[Curve], unit: str, *, log: bool) -> Figure:
         axes.set_yscale("log")
     elif min(min(line.y) for line in curves) >= 0 and unit != "nats a target token":
         axes.set_ylim(bottom=0)
+    axes.set_xlim(left=0)
     axes.set_xlabel("update")
     axes.set_ylabel(unit)
     axes.grid(visible=True, color="#888888", alpha=0.25, linewidth=0.6)

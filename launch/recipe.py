@@ -100,11 +100,11 @@ def load(path_or_name: str, overrides: tuple[str, ...] | list[str] = ()) -> Reci
     path = Path(path_or_name)
     if path.is_file():
         raw, label = path.read_bytes(), str(path_or_name)
-    elif path.is_dir():
-        raise ValueError(f"{path_or_name}: a folder; a recipe is a YAML file or one of {', '.join(bundled())}")
     elif path_or_name in bundled():
         raw = resources.files("tenko.recipes").joinpath(f"{path_or_name}.yaml").read_bytes()
         label = f"{path_or_name}.yaml"
+    elif path.is_dir():
+        raise ValueError(f"{path_or_name}: a folder; a recipe is a YAML file or one of {', '.join(bundled())}")
     else:
         raise ValueError(f"{path_or_name}: no such recipe; give a YAML file or one of {', '.join(bundled())}")
     try:

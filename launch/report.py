@@ -22,8 +22,9 @@ h1 { margin-bottom: 0; } h2 { margin-top: 2.5rem; border-bottom: 1px solid var(-
 table { border-collapse: collapse; } th, td { padding: .3rem .8rem; border-bottom: 1px solid var(--line); }
 th { text-align: left; font-weight: 600; } .figures td + td, .figures th + th { text-align: right; }
 .figures td { font-variant-numeric: tabular-nums; white-space: nowrap; }
-.wide { overflow-x: auto; } .samples td { vertical-align: top; width: 33%; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(24rem, 1fr)); gap: 1rem; }
+.wide { overflow-x: auto; } .samples { width: 100%; }
+.samples td { vertical-align: top; width: 33%; overflow-wrap: anywhere; }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(30rem, 100%), 1fr)); gap: 1.5rem; }
 figure { margin: 0; } figcaption { font-weight: 600; } svg { width: 100%; height: auto; }
 pre { background: var(--soft); padding: 1rem; overflow-x: auto; } .quiet { opacity: .7; }
 """
@@ -100,6 +101,8 @@ def _stage(spec: StageSpec, directory: Path, result: dict[str, Any] | None) -> s
         updates = [entry["update"] for entry in entries if isinstance(entry.get("update"), int)]
         reached = f"; the last line of metrics is of update {max(updates):,}" if updates else ""
         parts.append(f"<p class=quiet>Not finished{reached}.</p>")
+    elif facts := _facts(result):
+        parts.append(f"<p>{escape(facts)}.</p>")
     if entries:
         from .plots import stage_plots  # matplotlib, a second to import
 
@@ -116,6 +119,22 @@ def _stage(spec: StageSpec, directory: Path, result: dict[str, Any] | None) -> s
         head = "".join(f"<th>{key.capitalize()}</th>" for key in _SAMPLE)
         parts.append(f"<h3>Unseen sentences</h3><table class=samples><tr>{head}</tr>{lines}</table>")
     return "".join(parts)
+
+
+def _facts(result: dict[str, Any]) -> str:
+    """What the table has no column for: `2,000 updates, 1.57M parameters, bf16`."""
+    facts = []
+    if isinstance(result.get("updates"), int):
+        facts.append(f"{result['updates']:,} updates")
+    if isinstance(result.get("parameters"), int):
+        facts.append(f"{result['parameters'] / 1e6:.2f}M parameters")
+    if result.get("precision"):
+        facts.append(str(result["precision"]))
+    if isinstance(result.get("valid_bleu"), int | float):
+        facts.append(f"best validation BLEU {result['valid_bleu']:.2f}")
+    if isinstance(result.get("threads"), int):
+        facts.append(f"{result['threads']} threads for tokens/s" if result["threads"] > 1 else "tokens/s of one thread")
+    return ", ".join(facts)
 
 
 _SAMPLE = ("source", "reference", "hypothesis")

@@ -26,7 +26,7 @@ def stage_rows(results: Results) -> list[list[str]]:
                 _number(result.get("chrf"), ".2f"),
                 _size(result.get("artefact_bytes")),
                 _number(result.get("tokens_per_second"), ",.0f"),
-                _number(result.get("seconds"), ",.0f"),
+                _number(result.get("seconds"), ",.1f"),
                 _size(sent or None),
                 _size(full or None),
                 f"{full / sent:.1f}x" if sent and full else "-",

@@ -1,0 +1,122 @@
+"""The command line: help, usage errors and the reading of stdin; commands that need a model are tested elsewhere."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tenko.launch import cli, commands
+from tenko.launch.errors import RunFailed, Terminated, one_line
+
+
+def tenko(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(list(arguments))
+    output = capsys.readouterr()
+    assert isinstance(caught.value.code, int)
+    return caught.value.code, output.out, output.err
+
+
+@pytest.mark.parametrize("command", ["run", "translate", "evaluate", "export", "report"])
+def test_every_command_explains_itself_with_an_example(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    code, out, _ = tenko(capsys, command, "--help")
+    assert code == 0
+    assert out.startswith(f"Usage: tenko {command}")
+    assert command == "report" or f"tenko {command} " in out.split("\n", 1)[1]
+
+
+def test_help_is_quick() -> None:
+    before = time.monotonic()
+    code = "import sys; from tenko.launch import cli\n"
+    code += "try: cli.main(['--help'])\nfinally: assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "translate" in done.stdout
+    assert time.monotonic() - before < 3, "0.1 s when the machine is idle"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run"], "Missing argument 'RECIPE'. (see tenko run --help)"),
+        (["run", "nix"], "nix: no such recipe; give a YAML file or one of "),
+        (["run", "tiny", "a=3"], "override a=3: a: unknown key; valid: name, direction"),
+        (["fly"], "No such command 'fly'. (see tenko --help)"),
+        (["report", "nix"], "nix: does not exist; give the run directory of a `tenko run`"),
+        (["translate", "--run", "nix"], "nix: does not exist"),
+        (["translate", "--run", "nix", "--beam", "0"], "Invalid value for '--beam'"),
+        (["evaluate", "--run", "nix", "--test", "no.tsv"], "--test: no such file: no.tsv"),
+        (["export", "--run", "nix", "--format", "onnx", "--out", "x"], "Invalid value for '--format'"),
+    ],
+)
+def test_bad_usage_is_one_line_and_exit_2(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, error = tenko(capsys, *arguments)
+    assert (code, out, error.count("\n")) == (2, "", 1)
+    assert error.startswith(f"tenko: error: {message}")
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "line"),
+    [
+        (ValueError("a\nb"), 2, "tenko: error: a b"),
+        (OSError(28, "No space left on device", "f.bin"), 2, "tenko: error: f.bin: no space left on device"),
+        (RunFailed("worker 1 was ended", 2), 2, "tenko: error: worker 1 was ended"),
+        (KeyboardInterrupt(), 130, "tenko: interrupted"),
+        (Terminated(15), 143, "tenko: ended by SIGTERM"),
+        (KeyError("x"), 1, "tenko: error: internal error: KeyError: 'x'; --debug shows the traceback"),
+    ],
+)
+def test_every_failure_is_one_line_with_its_code(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, raised: BaseException, code: int, line: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(commands, "report", fail)
+    monkeypatch.delenv("TENKO_DEBUG", raising=False)
+    assert tenko(capsys, "report", "x") == (code, "", line + "\n")
+    if isinstance(raised, Exception) and not isinstance(raised, RunFailed):
+        monkeypatch.setenv("TENKO_DEBUG", "1")
+        assert "Traceback" in tenko(capsys, "report", "x")[2]
+
+
+def test_an_error_without_a_message_is_named_by_its_type() -> None:
+    assert one_line(ValueError()) == "ValueError"
+
+
+def test_stdin_comes_in_chunks_with_its_empty_lines() -> None:
+    data = "a\r\n\nč\n".encode() + b"last"
+    assert [line for chunk in commands.read_chunks(io.BytesIO(data)) for line in chunk] == ["a", "", "č", "last"]
+    assert list(commands.read_chunks(io.BytesIO(b""))) == []
+
+
+def test_a_line_is_translated_when_it_arrives() -> None:
+    read, write = os.pipe()
+    with open(read, "rb") as stream:
+        chunks = commands.read_chunks(stream)
+        os.write(write, b"one\ntw")
+        assert next(chunks) == ["one"]
+        os.write(write, b"o\nthree")
+        assert next(chunks) == ["two"]
+        os.close(write)
+        assert list(chunks) == [["three"]]
+
+
+def test_invalid_utf8_on_stdin_names_the_line_after_the_good_ones() -> None:
+    chunks = commands.read_chunks(io.BytesIO(b"ok\nb\xff\nok\n"))
+    assert next(chunks) == ["ok"]
+    with pytest.raises(ValueError, match="stdin: line 2: invalid UTF-8"):
+        next(chunks)
