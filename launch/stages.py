@@ -201,7 +201,7 @@ def _train(
         if figures["kind"] == "valid":
             reporter.log(
                 f"validation at update {figures['update']}: perplexity {figures['ppl']:.2f}, "
-                f"BLEU {figures['bleu']:.2f} (best {figures['best_bleu']:.2f})"
+                f"BLEU {figures['bleu']:.2f} (best {figures['best_bleu']:.2f}; {figures['bleu_signature']})"
             )
         else:
             reporter.advance(

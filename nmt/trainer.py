@@ -251,6 +251,7 @@ class Trainer:
             "ppl": math.exp(min(result.nll, 100)),
             "bleu": result.bleu,
             "best_bleu": self.best.bleu,
+            "bleu_signature": result.signature,
             "seconds": self.seconds,
         }
 
