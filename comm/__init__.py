@@ -3,15 +3,21 @@
     from tenko.comm import QuantizedAllReduce, register
     route = register(ddp_model, QuantizedAllReduce(bits=3, clip=3.0))
 
-serves any model in torch's DistributedDataParallel. Importing it is light: numba's kernels load when first
-needed.
+serves any model in torch's DistributedDataParallel. Importing it is light: names load on first use (a recipe is
+checked without torch), numba's kernels when a route is registered.
 """
 
-from .config import CommConfig
-from .hook import AllReduce, QuantizedAllReduce, make_route
-from .meter import WireMeter
-from .quantizer import Quantizer
-from .route import Route, register
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import CommConfig
+    from .hook import AllReduce, QuantizedAllReduce, make_route
+    from .meter import WireMeter
+    from .quantizer import Quantizer
+    from .route import Route, register
 
 __all__ = [
     "AllReduce",
@@ -23,3 +29,20 @@ __all__ = [
     "make_route",
     "register",
 ]
+
+_HOME = {
+    "AllReduce": "hook",
+    "CommConfig": "config",
+    "QuantizedAllReduce": "hook",
+    "Quantizer": "quantizer",
+    "Route": "route",
+    "WireMeter": "meter",
+    "make_route": "hook",
+    "register": "route",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)

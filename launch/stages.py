@@ -32,7 +32,7 @@ from tenko.nmt.validate import Validator
 
 from .files import write_json_atomic
 from .metrics import MetricsLog
-from .rundir import StageContext
+from .rundir import ARTEFACT, StageContext
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -48,7 +48,7 @@ def run_train(context: StageContext) -> None:
     recipe, config = context.recipe, context.stage.config
     assert isinstance(config, TrainConfig)
     started = time.monotonic()
-    accelerator = _accelerator(context, config)
+    accelerator = _accelerator(context, config.trackers)
     corpus = _corpus(context)
     rank, world = distributed.rank(), distributed.world_size()
     torch.manual_seed(recipe.seed)
@@ -111,11 +111,12 @@ def run_quantize(context: StageContext) -> None:
     assert isinstance(config, QuantizeConfig)
     assert context.previous is not None, "the recipe checks that quantize follows a stage"
     started = time.monotonic()
+    _accelerator(context)  # makes the process group, when a resumed run begins here
+    corpus = _corpus(context)
     if distributed.rank() == 0:
         context.reporter.log(f"{context.stage.name}: {config.scheme} from {context.previous}")
-        source = context.previous / "artefact"
+        source = context.previous / ARTEFACT
         state, metadata = read_artefact(source)
-        corpus = _corpus(context)
         model = build_model(ModelConfig(**metadata["model"]), source / "dict.txt")
         model.load_state_dict(state, strict=True)
         technique = Int8PerChannel(config)
@@ -130,7 +131,7 @@ RUNNERS: dict[str, Callable[[StageContext], None]] = {"train": run_train, "quant
 """What runs a stage of each kind."""
 
 
-def _accelerator(context: StageContext, config: TrainConfig) -> Accelerator:
+def _accelerator(context: StageContext, trackers: tuple[str, ...] = ()) -> Accelerator:
     """Device, process group and trackers; accelerate's own precision stays off (see nmt/precision.py)."""
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
@@ -139,7 +140,7 @@ def _accelerator(context: StageContext, config: TrainConfig) -> Accelerator:
         accelerator = Accelerator(
             cpu=not torch.cuda.is_available(),
             mixed_precision="no",
-            log_with=list(config.trackers) or None,
+            log_with=list(trackers) or None,
             project_dir=str(context.directory),
             kwargs_handlers=[
                 DistributedDataParallelKwargs(gradient_as_bucket_view=True),
@@ -150,7 +151,7 @@ def _accelerator(context: StageContext, config: TrainConfig) -> Accelerator:
         raise ValueError(f"train.trackers: {error}") from None
     expected = int(os.environ.get("WORLD_SIZE", "1"))
     assert distributed.world_size() == expected, f"world size {distributed.world_size()}, launched as {expected}"
-    if config.trackers:
+    if trackers:
         accelerator.init_trackers(context.recipe.name)
     return accelerator
 
@@ -170,9 +171,8 @@ def _corpus(context: StageContext) -> Corpus:
     path = None
     if distributed.rank() == 0:
         path = str(prepare(context.recipe.data, report=context.reporter.log).path)
-    if context.stage.kind == "train":
-        path = distributed.gather_json(path, "cuda" if torch.cuda.is_available() else "cpu")[0]
-    return Corpus.open(Path(str(path)))
+    path = distributed.gather_json(path, "cuda" if torch.cuda.is_available() else "cpu")[0]
+    return Corpus.open(Path(path))
 
 
 def _train(

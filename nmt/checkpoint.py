@@ -11,11 +11,12 @@ checkpoints/best/         the same layout, weights only, of the best validation 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def list_updates(directory: Path) -> list[int]:
 def save(
     target: Path,
     *,
-    model_state: dict[str, Tensor],
+    model_state: Mapping[str, Tensor],
     state: dict[str, Any] | None = None,
     rank_state: dict[str, Any] | None = None,
     rank: int = 0,
@@ -73,21 +74,26 @@ def save(
             temporary.mkdir(parents=True)
         barrier()
         if rank_state is not None:
-            torch.save(rank_state, temporary / f"rank-{rank}.pt")
+            _save_state(rank_state, temporary / f"rank-{rank}.pt")
         if rank == 0:
             _save_safetensors({k: v.detach().cpu().contiguous() for k, v in model_state.items()}, temporary)
             if state is not None:
-                torch.save(state, temporary / "state.pt")
+                _save_state(state, temporary / "state.pt")
         barrier()
         if rank == 0:
             _seal(temporary, target)
         barrier()
-    except (OSError, RuntimeError) as error:
-        # torch.save reports a full disk as RuntimeError: say what a user can act upon, leave no fragment behind.
+    except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(
             f"{target}: cannot write the checkpoint: {_first_line(error)}; earlier ones are intact"
         ) from error
+
+
+def _save_state(state: dict[str, Any], path: Path) -> None:
+    buffer = io.BytesIO()  # given a file, torch.save hides a full disk behind a RuntimeError of its zip writer
+    torch.save(state, buffer)
+    path.write_bytes(buffer.getbuffer())
 
 
 def _save_safetensors(tensors: dict[str, Tensor], folder: Path) -> None:

@@ -161,7 +161,8 @@ class ModelWithLoss(nn.Module):
         kept_n = sample["kept"]
         target_n = sample["target"].reshape(-1).index_select(0, kept_n)
         features_nc = features_btc.reshape(-1, features_btc.size(-1)).index_select(0, kept_n)
-        logits_nv = self.model.decoder.output_layer(features_nc)
+        decoder: Any = self.model.decoder
+        logits_nv = decoder.output_layer(features_nc)
         return label_smoothed_cross_entropy(logits_nv, target_n, self.label_smoothing)
 
 
@@ -229,7 +230,8 @@ class Beam:
     def __init__(self, model: nn.Module, dict_path: Path, config: DecodeConfig) -> None:
         dictionary = load_dictionary(dict_path)
         self.model = model
-        for layer in model.decoder.layers:
+        decoder: Any = model.decoder
+        for layer in decoder.layers:
             layer.need_attn = False  # attention weights nobody reads would keep attention off its fast path
         self.generator = SequenceGenerator(
             [model],

@@ -40,10 +40,14 @@ def source_files(source: Source, key: str) -> dict[str, Path]:
         files = {"tsv": EMBEDDED if source == "embedded" else Path(source).expanduser()}
     for path in files.values():
         if not path.exists():
-            raise ValueError(f"{key}: no such file: {path}; give `embedded`, a TSV file, or {{en: FILE, cs: FILE}}")
+            raise ValueError(f"{key}: no such file: {path}; give {_choices(key)}")
         if path.is_dir():
-            raise ValueError(f"{key}: {path} is a folder; give `embedded`, a TSV file, or {{en: FILE, cs: FILE}}")
+            raise ValueError(f"{key}: {path} is a folder; give {_choices(key)}")
     return files
+
+
+def _choices(key: str) -> str:
+    return "a TSV file" if key.startswith("--") else "`embedded`, a TSV file, or {en: FILE, cs: FILE}"
 
 
 def sha256(path: Path) -> str:

@@ -135,7 +135,7 @@ class Trainer:
         overflow = (~torch.isfinite(norm)).float()
         if not self.scaler.is_enabled():
             # The fused optimizer leaves weights and moments alone when this is 1: a skipped step without a wait.
-            self.optimizer.found_inf = overflow
+            self.optimizer.found_inf = overflow  # type: ignore[attr-defined]
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from . import distributed, precision
@@ -88,5 +89,5 @@ class Validator:
         batches = fixed_batches(self.shards, self.direction, max_tokens, distributed.rank(), distributed.world_size())
         return [[int(i) for i in batch] for batch in batches]
 
-    def _pair(self, index: int) -> tuple[int, object, object]:
+    def _pair(self, index: int) -> tuple[int, np.ndarray, np.ndarray]:
         return index, self.shards.tokens(self.source, index), self.shards.tokens(self.target, index)
