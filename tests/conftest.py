@@ -1,0 +1,41 @@
+"""Shared by all tests: one small prepared corpus a session, of pairs that ship with tenko."""
+
+from __future__ import annotations
+
+import os
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, here and in child processes
+
+if TYPE_CHECKING:
+    from tenko.nmt.corpus import Corpus
+
+PAIRS = 420
+
+
+@pytest.fixture(scope="session")
+def small_tsv(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """420 short pairs of the embedded corpus, English TAB Czech."""
+    from tenko.nmt.text_io import read_pairs, source_files
+
+    pairs = read_pairs(source_files("embedded", "data.train"))
+    short = ((en, cs) for en, cs in pairs if len(en) < 70 and len(cs) < 70)
+    path = tmp_path_factory.mktemp("corpus") / "small.tsv"
+    path.write_text("".join(f"{en}\t{cs}\n" for en, cs in islice(short, PAIRS)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_corpus(small_tsv: Path) -> Corpus:
+    """`small_tsv` prepared: about 370 training pairs, 20 to validate on, 20 to test, 300 subwords."""
+    from tenko.nmt.config import DataConfig
+    from tenko.nmt.prepare import prepare
+
+    config = DataConfig(
+        train=str(small_tsv), valid_size=20, test_size=20, vocab_size=300, cache=str(small_tsv.parent / "cache")
+    )
+    return prepare(config, report=lambda line: None)
