@@ -86,7 +86,7 @@ def load_dictionary(path: Path) -> Dictionary:
     """The fairseq dictionary at `path` (`dict.txt`). Raises ValueError if it is missing or malformed."""
     try:
         return Dictionary.load(str(path))
-    except (OSError, UnicodeError, ValueError, RuntimeError) as error:
+    except Exception as error:  # fairseq raises bare Exceptions too
         raise ValueError(f"{path}: not a readable fairseq dictionary ({error})") from error
 
 
