@@ -60,7 +60,7 @@ def checksum(tensors: Iterable[Tensor]) -> str:
     """SHA-256 of the bytes of tensors, in order."""
     digest = hashlib.sha256()
     for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -24,6 +24,7 @@ def test_checksum_sees_every_bit_and_the_order() -> None:
     assert distributed.checksum([t.clone() for t in tensors]) == before
     assert distributed.checksum([t.t().contiguous().t() for t in tensors[:1]] + tensors[1:]) == before
     assert distributed.checksum(tensors[::-1]) != before
+    assert distributed.checksum([torch.tensor(2.0)]) != distributed.checksum([torch.tensor(3.0)]), "a lone number"
     tensors[1].view(torch.int32)[0] += 1  # one ulp
     assert distributed.checksum(tensors) != before
     zeros = torch.zeros(2)

@@ -1,0 +1,156 @@
+"""One rank of the trainer's tests: `torchrun trainer_worker.py CORPUS FOLDER SCENARIO ...`; fails if one is broken."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from toy_training import differing, snapshot, toy_trainer, train
+
+from tenko.comm import AllReduce, QuantizedAllReduce, Route, register
+from tenko.nmt import distributed
+from tenko.nmt.corpus import Corpus
+from tenko.nmt.trainer import Trainer
+
+# Checkpoints fall between lines of metrics; buckets are many, so that DDP rebuilds them after the first update.
+RESUME: dict[str, Any] = {
+    "max_update": 8,
+    "save_interval": 3,
+    "log_interval": 2,
+    "valid_interval": 4,
+    "update_freq": 2,
+    "dropout": 0.1,
+}
+
+
+def wrap(route: Route) -> Callable[[nn.Module], tuple[nn.Module, Route]]:
+    def wrapped(module: nn.Module) -> tuple[nn.Module, Route]:
+        model = DistributedDataParallel(module, bucket_cap_mb=0.01, gradient_as_bucket_view=True)
+        return model, register(model, route)
+
+    return wrapped
+
+
+def trainer_of(corpus: Corpus, folder: Path, route: Route, **settings: Any) -> Trainer:
+    return toy_trainer(corpus, folder, rank=dist.get_rank(), world=2, wrap=wrap(route), **settings)
+
+
+def write(folder: Path, name: str, trainer: Trainer, lines: list[dict[str, Any]]) -> None:
+    """What the test compares; the ranks must hold the same bits."""
+    tensors = snapshot(trainer)
+    distributed.assert_ranks_agree((tensors[key] for key in sorted(tensors)), "weights and moments")
+    assert trainer.route is not None
+    meters = distributed.gather_json(trainer.route.meter.state_dict())
+    if dist.get_rank() == 0:
+        torch.save(tensors, folder / f"{name}.pt")
+        (folder / f"{name}.json").write_text(json.dumps({"lines": lines, "meters": meters}))
+
+
+def uncut(corpus: Corpus, folder: Path) -> None:
+    trainer = trainer_of(corpus, folder / "uncut", QuantizedAllReduce(bits=3, seed=1), **RESUME)
+    write(folder, "uncut", trainer, train(trainer, corpus))
+    assert trainer.route is not None
+    trainer.route.close()
+
+
+def cut(corpus: Corpus, folder: Path) -> None:
+    trainer = trainer_of(corpus, folder / "cut", QuantizedAllReduce(bits=3, seed=1), **RESUME)
+    lines = train(trainer, corpus, cut=5)
+    assert trainer.updates == 5
+    if dist.get_rank() == 0:
+        (folder / "before.json").write_text(json.dumps([line for line in lines if line["update"] <= 3]))
+    assert trainer.route is not None
+    trainer.route.close()
+
+
+def resume(corpus: Corpus, folder: Path) -> None:
+    trainer = trainer_of(corpus, folder / "cut", QuantizedAllReduce(bits=3, seed=1), **RESUME)
+    assert trainer.resume()
+    assert trainer.updates == 3
+    write(folder, "resumed", trainer, train(trainer, corpus))
+
+
+def two_batches(corpus: Corpus, folder: Path) -> None:
+    """Two ranks with a batch each; the test does the same alone with two accumulated batches."""
+    trainer = trainer_of(corpus, folder / "none", AllReduce(), max_update=4, log_interval=2, valid_interval=4)
+    write(folder, "two", trainer, train(trainer, corpus))
+
+
+def accumulate(corpus: Corpus, folder: Path) -> None:
+    """Bytes cross once an update, not once a micro-batch."""
+    trainer = trainer_of(corpus, folder / "none", AllReduce(), update_freq=3)
+    assert trainer.route is not None
+    trainer.update()
+    elements = sum(p.numel() for p in trainer.parameters.values())
+    assert trainer.route.meter.updates == 1
+    assert trainer.route.meter.bytes_sent == pytest.approx(4 * elements, rel=0.01)  # 2 (n-1)/n * 4 bytes, n = 2
+
+
+def overflow(corpus: Corpus, folder: Path) -> None:
+    """A NaN on one rank skips the update on both, in fp32 and in fp16, where the scale halves on both."""
+    for precision in ("fp32", "fp16"):
+        route = QuantizedAllReduce(bits=3, seed=1)
+        trainer = trainer_of(corpus, folder / "none", route, precision=precision, init_scale=64.0)
+        trainer.update()
+        before = snapshot(trainer)
+        handle = trainer.parameters["decoder.layers.0.fc2.weight"].register_hook(
+            lambda g: g * math.nan if dist.get_rank() == 1 else g
+        )
+        trainer.update()
+        handle.remove()
+        assert differing(snapshot(trainer), before) == []
+        assert trainer._figures(0.0)["overflows"] == 1
+        assert trainer.scaler.get_scale() == (32.0 if precision == "fp16" else 1.0)
+        trainer.update()
+        after = snapshot(trainer)
+        # key biases get no gradient to speak of; with a gradient of zero they may stay
+        assert len(differing(after, before)) > 0.9 * len(after)
+        distributed.assert_ranks_agree((after[key] for key in sorted(after)), "weights")
+        route.close()
+
+
+def collectives(corpus: Corpus, folder: Path) -> None:
+    rank = dist.get_rank()
+    assert (distributed.rank(), distributed.world_size()) == (rank, 2)
+    assert distributed.sum_over_ranks([1.0, rank]) == [2.0, 1.0]
+    mine = {"rank": rank, "text": "žluťoučký kůň\n" * (1 + 50 * rank)}
+    both = distributed.gather_json(mine)
+    assert both[rank] == mine
+    assert [value["rank"] for value in both] == [0, 1]
+    assert len(both[1]["text"]) == 51 * len(both[0]["text"])
+    same = torch.arange(3.0)
+    distributed.assert_ranks_agree([same], "weights")
+    with pytest.raises(RuntimeError, match=r"weights differ between ranks \(rank 0: .*, rank 1: "):
+        distributed.assert_ranks_agree([same + rank * 1e-7], "weights")
+
+
+SCENARIOS = {
+    scenario.__name__: scenario for scenario in (uncut, cut, resume, two_batches, accumulate, overflow, collectives)
+}
+
+
+def main() -> None:
+    corpus, folder = Corpus.open(sys.argv[1]), Path(sys.argv[2])
+    dist.init_process_group("gloo")
+    assert dist.get_world_size() == 2
+    for scenario in sys.argv[3:]:
+        SCENARIOS[scenario](corpus, folder)
+        dist.barrier()
+        if dist.get_rank() == 0:
+            print(f"holds: {scenario}", flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
