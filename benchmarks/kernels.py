@@ -40,7 +40,7 @@ def measure(megabytes: int, repetitions: int, block: int, clip: float) -> dict:
     numel = megabytes * 1_000_000 // 4
     x = torch.randn(numel, generator=torch.Generator().manual_seed(1))
     out = torch.zeros(numel)
-    part = single(numel, block)
+    part = single(numel, Quantizer(block=block).span)
     keys = key_words((1, 2), (3,))
     source, target = x.numpy(), out.numpy().copy()
 
@@ -115,7 +115,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
     parser.add_argument("--megabytes", type=int, default=64, help="fp32 bytes of the array, in 10^6 (default 64)")
     parser.add_argument("--repetitions", type=int, default=15, help="default 15")
-    parser.add_argument("--block", type=int, default=1024, help="elements that share a scale (default 1024)")
+    parser.add_argument("--block", type=int, default=128, help="elements that share a scale (default 128)")
     parser.add_argument("--clip", type=float, default=3.0, help="in standard deviations, 0 does not clip (default 3)")
     options = parser.parse_args()
     result = measure(options.megabytes, options.repetitions, options.block, options.clip)

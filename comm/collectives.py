@@ -46,7 +46,7 @@ class BucketPlan:
 
     def __post_init__(self) -> None:
         assert self.up.block == self.down.block, (self.up, self.down)
-        self.parts = shards(self.numels, self.up.block, self.world_size)
+        self.parts = shards(self.numels, self.up.span, self.world_size)
         self.whole = joined(self.parts)
         assert self.whole.size(self.up.bits) == sum(self.up_sizes)
 
@@ -97,7 +97,14 @@ def all_gather(output: Tensor, input: Tensor, group: dist.ProcessGroup | None) -
 
 
 def mean_in_place(
-    buffer: Tensor, plan: BucketPlan, *, seed: int, step: int, group: dist.ProcessGroup | None, meter: WireMeter
+    buffer: Tensor,
+    plan: BucketPlan,
+    *,
+    seed: int,
+    step: int,
+    group: dist.ProcessGroup | None,
+    meter: WireMeter,
+    residual: Tensor | None = None,
 ) -> None:
     """Replaces `buffer` [numel] by the quantized mean over all ranks, and counts what was sent.
 
@@ -107,9 +114,17 @@ def mean_in_place(
         seed, step: parts of the rounding's key, with the tensor, the leg and (on the way up) the rank.
         group: where the collectives run.
         meter: counts the exchange.
+        residual: error feedback [numel], fp32: added before the way up, left holding what the codes miss. NaN where
+            the gradient was not finite: the caller clears it.
     """
     n, rank = plan.world_size, plan.rank
-    plan.up.encode_shard(buffer, plan.whole, plan.keys(plan.whole, (seed, step, UP, rank)), plan.sent)
+    keys = plan.keys(plan.whole, (seed, step, UP, rank))
+    if residual is None:
+        plan.up.encode_shard(buffer, plan.whole, keys, plan.sent)
+    else:
+        residual.add_(buffer)
+        plan.up.encode_shard(residual, plan.whole, keys, plan.sent)
+        plan.up.decode_shard(plan.sent, plan.whole, residual, factor=-1.0, add=True)
     mine = plan.up_sizes[rank]
     dist.all_to_all_single(plan.received.view(-1), plan.sent, [mine] * n, plan.up_sizes, group=group)
 

@@ -16,8 +16,10 @@ class CommConfig:
     """Bits an element on the way down (owner to all workers): 2, 3, 4 or 8."""
     clip: float = 3.0
     """Clip gradients to this many standard deviations of their block before quantizing; 0 does not clip."""
-    block: int = 1024
+    block: int = 128
     """Elements that share a scale and a sigma; a multiple of 8."""
+    error_feedback: bool = True
+    """Add to each gradient what quantization left out of the one before; 4 bytes of memory a parameter."""
 
     def __post_init__(self) -> None:
         for key in ("bits", "bits_down"):

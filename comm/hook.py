@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .collectives import BucketPlan, mean_in_place
 from .config import CommConfig
+from .feedback import ErrorFeedback
 from .quantizer import Quantizer
 from .route import Route
 from .worker import Worker
@@ -32,7 +33,9 @@ class QuantizedAllReduce(Route):
         bits: bits an element on the way up, 2, 3, 4 or 8.
         bits_down: bits an element on the way down. More than up costs little: the second rounding hits the mean.
         clip: clip to so many standard deviations of a block, on both legs; 0 does not clip.
-        block: elements that share a scale, a multiple of 8.
+        block: elements that share a scale and a sigma, a multiple of 8.
+        error_feedback: add to a gradient what quantization left out of the one before (4 bytes a parameter, saved by
+            `state_dict`). It is dropped when a gradient is not finite.
         seed: of the stochastic rounding; must be the same on all ranks.
 
     Raises:
@@ -42,9 +45,18 @@ class QuantizedAllReduce(Route):
     """
 
     def __init__(
-        self, bits: int = 3, bits_down: int = 4, clip: float = 3.0, block: int = 1024, *, seed: int = 0
+        self,
+        bits: int = 3,
+        bits_down: int = 4,
+        clip: float = 3.0,
+        block: int = 128,
+        *,
+        error_feedback: bool = True,
+        seed: int = 0,
     ) -> None:
         super().__init__()
+        self._feedback = ErrorFeedback() if error_feedback else None
+        self._finite = True
         self.up = Quantizer(bits=bits, clip=clip, block=block)
         try:
             self.down = Quantizer(bits=bits_down, clip=clip, block=block)
@@ -67,18 +79,38 @@ class QuantizedAllReduce(Route):
             self._worker = Worker("tenko-exchange")
 
     def _exchange(self, buffer: Tensor, bucket: dist.GradBucket, step: int) -> torch.futures.Future[Tensor]:
-        plan = self._plan(bucket, buffer)
+        plan, last = self._plan(bucket, buffer), bucket.is_last()
         if self._worker is not None:
 
             def job() -> Tensor:
-                mean_in_place(buffer, plan, seed=self.seed, step=step, group=self._own_group, meter=self.meter)
+                self._mean(buffer, plan, step, self._own_group)
+                self._forget_after_overflow(buffer, last)
                 return buffer
 
             return self._worker.submit(job)
-        mean_in_place(buffer, plan, seed=self.seed, step=step, group=self.group, meter=self.meter)
+        residual = self._mean(buffer, plan, step, self.group)
+        if residual is not None:  # no look at the values here: it would wait for the device
+            residual.masked_fill_(~torch.isfinite(buffer.sum()), 0)
         done: torch.futures.Future[Tensor] = torch.futures.Future(devices=[buffer.device])
         done.set_result(buffer)
         return done
+
+    def _mean(self, buffer: Tensor, plan: BucketPlan, step: int, group: dist.ProcessGroup | None) -> Tensor | None:
+        residual = None
+        if self._feedback is not None:
+            residual = self._feedback.flat(plan.tensors, plan.numels, buffer.device)
+        mean_in_place(buffer, plan, seed=self.seed, step=step, group=group, meter=self.meter, residual=residual)
+        return residual
+
+    def _forget_after_overflow(self, buffer: Tensor, last: bool) -> None:
+        """Drop all residuals if any bucket of this gradient was not finite: its update will be skipped."""
+        if self._feedback is None:
+            return
+        self._finite = self._finite and bool(torch.isfinite(buffer.sum()))
+        if last:
+            if not self._finite:
+                self._feedback.clear()
+            self._finite = True
 
     def _plan(self, bucket: dist.GradBucket, buffer: Tensor) -> BucketPlan:
         parameters = bucket.parameters()
@@ -92,13 +124,16 @@ class QuantizedAllReduce(Route):
         return self._plans[tensors]
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "seed": self.seed}
+        feedback = None if self._feedback is None else self._feedback.state_dict()
+        return {**super().state_dict(), "seed": self.seed, "feedback": feedback}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if "seed" not in state:
             raise ValueError(f"comm.seed: missing in the saved state; it has {', '.join(sorted(state))}")
         super().load_state_dict(state)
         self.seed = int(state["seed"])
+        if self._feedback is not None and state.get("feedback") is not None:
+            self._feedback.load_state_dict(state["feedback"])
 
     def close(self) -> None:
         if self._worker is not None:
@@ -125,4 +160,6 @@ def make_route(config: CommConfig, seed: int) -> Route:
     """The route that a recipe's `comm:` asks for."""
     if config.route == "fp32":
         return AllReduce()
-    return QuantizedAllReduce(config.bits, config.bits_down, config.clip, config.block, seed=seed)
+    return QuantizedAllReduce(
+        config.bits, config.bits_down, config.clip, config.block, error_feedback=config.error_feedback, seed=seed
+    )

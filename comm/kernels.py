@@ -1,18 +1,18 @@
 """Fused CPU kernels of the quantizer, in numba: one call for all tensors of a bucket, without the GIL.
 
 Notable:
-- A block is read once from memory: the pass that finds its scale leaves it in the first-level cache for the
-  pass that rounds and packs it.
+- A span is read once from memory: the passes that find the scales of its blocks leave it in the first-level
+  cache for the pass that rounds and packs it.
 - The largest magnitude is found on the bit patterns, as integers: that reduction vectorises without any
   fast-math flag, and a result of 0x7f800000 or more says that the block holds an inf or a NaN. Only the sum of
   squares may be reassociated (it decides nothing about finiteness).
-- Two elements, half a block apart, share one 32-bit hash: 16 random bits each.
+- Two elements, half a span apart, share one 32-bit hash: 16 random bits each.
 - The arithmetic, operation by operation, is `reference.py`'s; tests hold the two together bit for bit.
 
 numba's cache looks at this file alone: after a change of the constants in `reference.py`, change this file too
 (a test fails otherwise). Importing this module compiles the kernels (about 5 seconds) or loads them from
 numba's cache: import it late. A table is what `layout.py` makes: int64 [segments, 5], columns start, numel,
-groups before, blocks before, first block.
+groups before, spans before, first span.
 """
 
 from __future__ import annotations
@@ -24,13 +24,16 @@ import numpy as np
 from numba import njit, types
 from numba.extending import intrinsic
 
-from .reference import HASH_A, HASH_B, MAX_PLAIN, MIN_PLAIN, MIN_SCALE, grid_of, level_count
+from .layout import SCALE_BYTES
+from .reference import HASH_A, HASH_B, MAX_PLAIN, MIN_PLAIN, MIN_SCALE, SCALES, grid_of, level_count
 
 _A = np.uint32(HASH_A)
 _B = np.uint32(HASH_B)
 _INF_BITS = np.int32(0x7F800000)
 _ABS_BITS = np.int32(0x7FFFFFFF)
 _MIN_SCALE = MIN_SCALE
+_SCALES = SCALES
+_SCALE_BYTES = SCALE_BYTES
 _MIN_PLAIN = MIN_PLAIN
 _MAX_PLAIN = MAX_PLAIN
 
@@ -106,22 +109,52 @@ def _scale_of(x, bits_of_x, clip, box, bits_of_box):  # type: ignore[no-untyped-
 
 
 @njit(nogil=True, cache=True)
-def _round_block(x, codes, inverse, limit, grid, counter, key0, key1):  # type: ignore[no-untyped-def]
-    """Stochastically rounded codes of a padded block, 0..2k. Shifts are constants: those by a variable would widen."""
-    half = x.size // 2
+def _encode_scales(scales, word, number, q):  # type: ignore[no-untyped-def]
+    """Writes the bytes q [8] of the scales of blocks [8], returns the span's exponent, and makes scales what they say.
+
+    `word` and `number` are two views of one number.
+    """
+    largest = np.float32(0)
+    for j in range(8):
+        if np.isnan(scales[j]):
+            q[:] = 255
+            return 255
+        largest = max(largest, scales[j])
+    number[0] = largest
+    exponent = word[0] >> 23
+    if word[0] & 0x7FFFFF:
+        exponent += 1
+    exponent = min(exponent, 254)
+    word[0] = exponent << 23
+    base = number[0]
+    for j in range(8):
+        if scales[j] == 0:
+            q[j] = 255
+            continue
+        relative = np.float32(scales[j] / base)
+        number[0] = relative
+        code = min(max(8 * (126 - (word[0] >> 23)), 0), 254)  # a scale of the octave above, not below
+        while code < 254 and _SCALES[code + 1] >= relative:
+            code += 1
+        q[j] = code
+        scales[j] = base * _SCALES[code]
+    return exponent
+
+
+@njit(nogil=True, cache=True)
+def _round_runs(low, high, codes_low, codes_high, inverse_low, inverse_high, limit, grid, counter, key0, key1):  # type: ignore[no-untyped-def]
+    """Stochastically rounded codes, 0..2k, of two blocks. Shifts are constants: those by a variable would widen."""
     bottom = -limit
     offset = np.float32(limit + np.float32(grid) * np.float32(0.5))
     mask = np.int32(-grid)
-    low, high = x[:half], x[half:]
-    codes_low, codes_high = codes[:half], codes[half:]
-    for i in range(half):
+    for i in range(low.size):
         h = _hash(np.uint32(counter + np.uint32(i)), key0, key1)
-        y = low[i] * inverse
+        y = low[i] * inverse_low
         y = limit if y > limit else y
         y = bottom if y < bottom else y
         fixed = np.int32(np.int32(y + offset) & mask)
         codes_low[i] = np.uint8(np.uint32(fixed + np.int32(h & np.uint32(0xFFFF))) >> np.uint32(16))
-        z = high[i] * inverse
+        z = high[i] * inverse_high
         z = limit if z > limit else z
         z = bottom if z < bottom else z
         fixed = np.int32(np.int32(z + offset) & mask)
@@ -173,24 +206,25 @@ def _pack(codes, out, bits):  # type: ignore[no-untyped-def]
 
 
 @njit(_i64(_f32, _i64_2d, _u32_2d, _u8, _i64, _i64, _f64), nogil=True, cache=True)
-def encode_table(x, table, keys, out, block, bits, clip):  # type: ignore[no-untyped-def]
+def encode_table(x, table, keys, out, span, bits, clip):  # type: ignore[no-untyped-def]
     """Quantizes x [elements] into out [bytes], segment by segment; returns the number of bytes written last."""
     k = _level_count(bits)
     limit = np.float32(k * 65536)
     grid = np.int32(_grid_of(bits))
-    codes = np.empty(block, dtype=np.uint8)
-    padded = np.empty(block, dtype=np.float32)
-    scale_box = np.empty(1, dtype=np.float32)
-    scale_bytes = scale_box.view(np.uint8)
-    bits_of_scale = scale_box.view(np.int32)
+    codes = np.empty(span, dtype=np.uint8)
+    padded = np.empty(span, dtype=np.float32)
+    scales = np.empty(8, dtype=np.float32)
+    inverses = np.empty(8, dtype=np.float32)
+    number = np.empty(1, dtype=np.float32)
+    word = number.view(np.int32)
     end = 0
     for s in range(table.shape[0]):
         start, numel = table[s, 0], table[s, 1]
-        end = table[s, 2] * bits + table[s, 3] * 4
+        end = table[s, 2] * bits + table[s, 3] * _SCALE_BYTES
         key0, key1 = keys[s, 0], keys[s, 1]
-        for b in range((numel + block - 1) // block):
-            begin = start + b * block
-            length = min(block, start + numel - begin)
+        for b in range((numel + span - 1) // span):
+            begin = start + b * span
+            length = min(span, start + numel - begin)
             groups = (length + 7) // 8
             if length == groups * 8:
                 piece = x[begin : begin + length]
@@ -198,26 +232,46 @@ def encode_table(x, table, keys, out, block, bits, clip):  # type: ignore[no-unt
                 piece = padded[: groups * 8]
                 piece[:length] = x[begin : begin + length]
                 piece[length:] = 0
-            scale = _scale_of(piece[:length], piece[:length].view(np.int32), clip, scale_box, bits_of_scale)
+            bits_of_piece = piece.view(np.int32)
+            for j in range(8):
+                run = slice(j * groups, (j + 1) * groups)
+                scales[j] = _scale_of(piece[run], bits_of_piece[run], clip, number, word)
+            out[end] = _encode_scales(scales, word, number, out[end + 1 : end + _SCALE_BYTES])
             mine = codes[: groups * 8]
-            if scale > 0:  # False for NaN
-                counter = np.uint32((table[s, 4] + b) * (block // 2))
-                _round_block(piece, mine, np.float32(limit / scale), limit, grid, counter, key0, key1)
-            else:
+            if out[end] == 255:
                 mine[:] = k
-            scale_box[0] = scale
-            out[end : end + 4] = scale_bytes
-            _pack(mine, out[end + 4 : end + 4 + groups * bits], bits)
-            end += 4 + groups * bits
+            else:
+                for j in range(8):
+                    inverses[j] = limit / scales[j] if scales[j] > 0 else np.float32(0)
+                first = (table[s, 4] + b) * (span // 2)
+                for j in range(4):
+                    low, high = slice(j * groups, (j + 1) * groups), slice((j + 4) * groups, (j + 5) * groups)
+                    counter = np.uint32(first + j * groups)
+                    _round_runs(
+                        piece[low],
+                        piece[high],
+                        mine[low],
+                        mine[high],
+                        inverses[j],
+                        inverses[j + 4],
+                        limit,
+                        grid,
+                        counter,
+                        key0,
+                        key1,
+                    )
+            end += _SCALE_BYTES
+            _pack(mine, out[end : end + groups * bits], bits)
+            end += groups * bits
     return end
 
 
 @njit(nogil=True, cache=True)
-def _unpack_add(codes, out, bits, k, step):  # type: ignore[no-untyped-def]
+def _unpack_add(codes, out, bits, k, steps):  # type: ignore[no-untyped-def]
     groups = out.size // 8
     mask = np.int32((1 << bits) - 1)
     for j in range(8):
-        plane, shift = j * bits // 8, np.int32(j * bits % 8)
+        plane, shift, step = j * bits // 8, np.int32(j * bits % 8), steps[j]
         beyond = plane + 1 if shift + bits > 8 else plane
         first = codes[plane * groups : (plane + 1) * groups]
         second = codes[beyond * groups : (beyond + 1) * groups]
@@ -228,11 +282,11 @@ def _unpack_add(codes, out, bits, k, step):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def _unpack(codes, out, bits, k, step):  # type: ignore[no-untyped-def]
+def _unpack(codes, out, bits, k, steps):  # type: ignore[no-untyped-def]
     groups = out.size // 8
     mask = np.int32((1 << bits) - 1)
     for j in range(8):
-        plane, shift = j * bits // 8, np.int32(j * bits % 8)
+        plane, shift, step = j * bits // 8, np.int32(j * bits % 8), steps[j]
         beyond = plane + 1 if shift + bits > 8 else plane
         first = codes[plane * groups : (plane + 1) * groups]
         second = codes[beyond * groups : (beyond + 1) * groups]
@@ -243,32 +297,37 @@ def _unpack(codes, out, bits, k, step):  # type: ignore[no-untyped-def]
 
 
 @njit(types.void(_u8, _i64_2d, _f32, _i64, _i64, _f64, _bool), nogil=True, cache=True)
-def decode_table(payload, table, out, block, bits, factor, add):  # type: ignore[no-untyped-def]
+def decode_table(payload, table, out, span, bits, factor, add):  # type: ignore[no-untyped-def]
     """Writes (or adds, with `add`) the decoded values times `factor` into out [elements], segment by segment."""
     k = np.int32(_level_count(bits))
-    scale_box = np.empty(1, dtype=np.float32)
-    scale_bytes = scale_box.view(np.uint8)
-    padded = np.empty(block, dtype=np.float32)
+    number = np.empty(1, dtype=np.float32)
+    word = number.view(np.int32)
+    steps = np.empty(8, dtype=np.float32)
+    padded = np.empty(span, dtype=np.float32)
     for s in range(table.shape[0]):
         start, numel = table[s, 0], table[s, 1]
-        at = table[s, 2] * bits + table[s, 3] * 4
-        for b in range((numel + block - 1) // block):
-            begin = start + b * block
-            length = min(block, start + numel - begin)
+        at = table[s, 2] * bits + table[s, 3] * _SCALE_BYTES
+        for b in range((numel + span - 1) // span):
+            begin = start + b * span
+            length = min(span, start + numel - begin)
             groups = (length + 7) // 8
-            scale_bytes[:] = payload[at : at + 4]
-            step = np.float32(np.float32(scale_box[0] / np.float32(k)) * np.float32(factor))
-            codes = payload[at + 4 : at + 4 + groups * bits]
+            word[0] = np.int32(payload[at]) << np.int32(23)
+            base = np.float32(np.nan) if payload[at] == 255 else number[0]
+            for j in range(8):
+                scale = np.float32(base * _SCALES[payload[at + 1 + j]])
+                steps[j] = np.float32(np.float32(scale / np.float32(k)) * np.float32(factor))
+            at += _SCALE_BYTES
+            codes = payload[at : at + groups * bits]
             if length < groups * 8:
                 rest = padded[: groups * 8]
-                _unpack(codes, rest, bits, k, step)
+                _unpack(codes, rest, bits, k, steps)
                 if add:
                     for i in range(length):
                         out[begin + i] += rest[i]
                 else:
                     out[begin : begin + length] = rest[:length]
             elif add:
-                _unpack_add(codes, out[begin : begin + length], bits, k, step)
+                _unpack_add(codes, out[begin : begin + length], bits, k, steps)
             else:
-                _unpack(codes, out[begin : begin + length], bits, k, step)
-            at += 4 + groups * bits
+                _unpack(codes, out[begin : begin + length], bits, k, steps)
+            at += groups * bits

@@ -26,7 +26,7 @@ class Quantizer:
     Args:
         bits: bits an element, 2 (ternary), 3, 4 or 8.
         clip: magnitudes are clipped to this many standard deviations of their block; 0 does not clip.
-        block: elements that share a scale, a multiple of 8.
+        block: elements that share a scale and a sigma, a multiple of 8.
 
     Raises:
         ValueError: a setting is none of these.
@@ -36,7 +36,7 @@ class Quantizer:
 
     bits: int = 3
     clip: float = 3.0
-    block: int = 1024
+    block: int = 128
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
@@ -47,13 +47,18 @@ class Quantizer:
             raise ValueError(f"block: must be a positive multiple of 8, is {self.block}")
 
     @property
+    def span(self) -> int:
+        """Elements of 8 blocks, the unit that tensors are cut into; the last one of a tensor is shorter."""
+        return 8 * self.block
+
+    @property
     def levels(self) -> int:
         """Levels on one side of zero."""
         return reference.level_count(self.bits)
 
     def size(self, numel: int) -> int:
         """Bytes of the payload of a tensor of `numel` elements."""
-        return single(numel, self.block).size(self.bits)
+        return single(numel, self.span).size(self.bits)
 
     def encode(self, x: Tensor, key: Sequence[int] = (0,)) -> Tensor:
         """Quantizes one tensor.
@@ -68,7 +73,7 @@ class Quantizer:
         if not key or not x.is_floating_point():
             raise ValueError(f"encode: wants a floating tensor and a key of integers, has {x.dtype} and {key}")
         flat = x.detach().reshape(-1)
-        part = single(flat.numel(), self.block)
+        part = single(flat.numel(), self.span)
         out = torch.empty(part.size(self.bits), dtype=torch.uint8, device=x.device)
         keys = np.repeat(reference.key_words(key[:-1], key[-1:]), len(part.table), axis=0)
         self.encode_shard(flat, part, keys, out)
@@ -94,9 +99,9 @@ class Quantizer:
         if x.device.type == "cpu":
             from . import kernels
 
-            kernels.encode_table(x.numpy(), part.table, keys, out.numpy(), self.block, self.bits, self.clip)
+            kernels.encode_table(x.numpy(), part.table, keys, out.numpy(), self.span, self.bits, self.clip)
         else:
-            reference.encode_table(x, part.table, keys, out, self.block, self.bits, self.clip)
+            reference.encode_table(x, part.table, keys, out, self.span, self.bits, self.clip)
 
     def decode_shard(
         self, payload: Tensor, part: Shard, out: Tensor, *, factor: float = 1.0, add: bool = False
@@ -108,12 +113,12 @@ class Quantizer:
         if out.device.type == "cpu":
             from . import kernels
 
-            kernels.decode_table(payload.numpy(), part.table, out.numpy(), self.block, self.bits, factor, add)
+            kernels.decode_table(payload.numpy(), part.table, out.numpy(), self.span, self.bits, factor, add)
         else:
-            reference.decode_table(payload, part.table, out, self.block, self.bits, factor, add)
+            reference.decode_table(payload, part.table, out, self.span, self.bits, factor, add)
 
     def _checked(self, payload: Tensor, numel: int) -> Shard:
-        part = single(numel, self.block)
+        part = single(numel, self.span)
         if payload.dtype != torch.uint8 or payload.numel() != part.size(self.bits):
             raise ValueError(
                 f"payload: {payload.numel()} x {payload.dtype}, but {numel} elements at {self.bits} bits "

@@ -7,20 +7,26 @@ a value between two levels goes to the upper one with the fractional probability
 |x|, c * sigma), the clip of the same paper at c > 0, a plain maximum at c = 0.
 
 Choices of our own, beside the paper's:
+- Blocks are small, 128 elements: a row of a small model's matrices. Rows of an embedding's gradient differ by orders of
+  magnitude (frequent and rare words); under one scale the clip cuts the large ones and the rounding drowns the small
+  ones, which Adam then divides by the noise. (Real gradients, 3/4 bits, error relative to Adam's second moment: 3.8 in
+  blocks of 1024, 0.15 in blocks of 128; `benchmarks/gradients.py`.)
+- So a scale must be cheap: 8 blocks are a span, which has one exponent (a byte), and a block's scale is 2^(-q/8) of it,
+  q a byte, rounded up by at most 9 %, so that nothing is clipped that c does not clip.
 - sigma = sqrt(sum x^2 / number of elements that are not zero). The gradient of an embedding is zero in the rows
-  of words that a batch lacks; counting those would shrink sigma, and the clip would eat the gradient of the
-  rare words.
+  of words that a batch lacks; counting those would shrink sigma.
 - A value is first rounded to a grid of 2^-16 of a level (2^-13 at 8 bits, so that the error of fp32 at the
   127th level is below the grid's), then stochastically, in integers, with 16 random bits. So the rounding is
   unbiased to half a grid step, zeros stay exactly zero, and values on a level stay there.
-- A block that holds an inf or a NaN gets the scale NaN and decodes to NaN throughout. A block whose scale is
+- A span that holds an inf or a NaN gets the exponent 255 and decodes to NaN throughout. A block whose scale is
   under 1e-30 is sent as zeros.
-- A 32-bit hash of (key, block, position) serves two elements, half a block apart.
+- A 32-bit hash of (key, span, position) serves two elements, half a span apart.
 
-A block's bytes: the fp32 scale, then the codes (r + k) in groups of 8. A block of g groups is read as 8 runs of
-g elements; group i is the i-th element of every run, 8*m bits, and lies in m planes of g bytes (bits 0-7 of
-every group, then 8-15, ...). So every step of packing is elementwise over contiguous runs, which is what vector
-units want.
+A span's bytes: the exponent e (2^(e - 127); 255 is NaN), 8 scales q (255 is zero), then the codes (r + k) in groups
+of 8. A span of g groups is read as 8 runs of g elements, its blocks; group i is the i-th element of every run, 8*m
+bits, and lies in m planes of g bytes (bits 0-7 of every group, then 8-15, ...). So every step of packing is
+elementwise over contiguous runs, which is what vector units want. The last span of a tensor is shorter, and so are
+its 8 blocks.
 """
 
 from __future__ import annotations
@@ -31,12 +37,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .layout import SCALE_BYTES
+
 HASH_A = 0x7FEB352D
 HASH_B = 0x846CA68B
 MIN_SCALE = 1e-30
 """Smaller scales are sent as zero: the inverse would leave fp32."""
 MIN_PLAIN, MAX_PLAIN = 1e-15, 1e15
 """Between these magnitudes a block's sum of squares is safe in fp32."""
+
+SCALES = np.append(np.exp2(-np.arange(255) / 8), 0.0).astype(np.float32)
+"""What a scale's byte q stands for, relative to the span's exponent."""
 
 _WORD = 0xFFFFFFFF
 
@@ -85,35 +96,57 @@ def scales(x: Tensor, clip: float) -> Tensor:
     return torch.where(torch.isfinite(largest), scale, torch.full_like(scale, torch.nan)).float()
 
 
-def _round(x: Tensor, scale: Tensor, bits: int, first_block: int, block: int, key: tuple[int, int]) -> Tensor:
-    """Codes r + k of x [blocks, padded elements] under given scales [blocks]: int64, same shape."""
+def scale_codes(scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Exponents [spans] and relative scales [spans, 8], as bytes in int64, of the scales of blocks [spans, 8]."""
+    largest = scale.amax(dim=1)  # NaN if one is
+    words = largest.view(torch.int32).to(torch.int64)
+    exponent = ((words >> 23) + ((words & 0x7FFFFF) != 0)).clamp(max=254)
+    base = (exponent << 23).to(torch.int32).view(torch.float32)
+    relative = scale / torch.where(base > 0, base, torch.ones_like(base)).unsqueeze(1)
+    ascending = torch.from_numpy(SCALES[254::-1].copy()).to(scale.device)
+    # The largest q whose scale is not below: rounded up.
+    q = 254 - torch.searchsorted(ascending, relative.contiguous(), right=False).clamp(max=254)
+    q = torch.where(scale > 0, q, 255)
+    return torch.where(largest.isnan(), 255, exponent), q
+
+
+def scale_values(exponent: Tensor, q: Tensor) -> Tensor:
+    """The scales [spans, 8] that bytes stand for, fp32."""
+    base = (exponent.to(torch.int64) << 23).to(torch.int32).view(torch.float32)
+    base = torch.where(exponent == 255, torch.full_like(base, torch.nan), base)
+    return base.unsqueeze(1) * torch.from_numpy(SCALES).to(q.device)[q.to(torch.int64)]
+
+
+def _round(x: Tensor, scale: Tensor, bits: int, first_span: int, span: int, key: tuple[int, int]) -> Tensor:
+    """Codes r + k of x [spans, padded elements] under given scales of blocks [spans, 8]: int64, same shape."""
     k, grid = level_count(bits), grid_of(bits)
     rows, half = x.shape[0], x.shape[1] // 2
-    counter = (torch.arange(first_block, first_block + rows, device=x.device) * (block // 2)).unsqueeze(1)
+    counter = (torch.arange(first_span, first_span + rows, device=x.device) * (span // 2)).unsqueeze(1)
     hashed = _hash(counter + torch.arange(half, device=x.device), *key)
     random = torch.cat([hashed & 0xFFFF, hashed >> 16], dim=1)
     limit = float(k << 16)
-    sendable = (scale > 0).unsqueeze(1)  # False for NaN
-    inverse = limit / torch.where(scale > 0, scale, torch.ones_like(scale))
-    y = torch.where(sendable, x, torch.zeros_like(x)) * inverse.unsqueeze(1)
+    scale = scale.repeat_interleave(x.shape[1] // 8, dim=1)
+    sendable = scale > 0  # False for NaN
+    inverse = limit / torch.where(sendable, scale, torch.ones_like(scale))
+    y = torch.where(sendable, x, torch.zeros_like(x)) * inverse
     fixed = (y.clamp(-limit, limit) + (limit + 0.5 * grid)).to(torch.int64) & -grid
     return torch.where(sendable, (fixed + random) >> 16, k)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Packs codes [blocks, 8 * groups] into bytes [blocks, bits * groups]."""
+    """Packs codes [spans, 8 * groups] into bytes [spans, bits * groups]."""
     rows = codes.shape[0]
     runs = codes.to(torch.int64).view(rows, 8, -1)
     weights = torch.arange(8, device=codes.device).view(1, 8, 1) * bits
     word = (runs << weights).sum(
         dim=1
-    )  # [blocks, groups]; disjoint bits, so the sum is an or (8 bits: wraps to the sign)
+    )  # [spans, groups]; disjoint bits, so the sum is an or (8 bits: wraps to the sign)
     planes = [(word >> (8 * p)) & 0xFF for p in range(bits)]
     return torch.cat(planes, dim=1).to(torch.uint8)
 
 
 def unpack(packed: Tensor, bits: int) -> Tensor:
-    """Inverse of `pack`: bytes [blocks, bits * groups] to codes [blocks, 8 * groups], int64."""
+    """Inverse of `pack`: bytes [spans, bits * groups] to codes [spans, 8 * groups], int64."""
     rows = packed.shape[0]
     planes = packed.to(torch.int64).view(rows, bits, -1)
     word = torch.zeros_like(planes[:, 0])
@@ -122,45 +155,47 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
     return torch.cat([(word >> (j * bits)) & ((1 << bits) - 1) for j in range(8)], dim=1)
 
 
-def _parts(numel: int, block: int) -> list[tuple[int, int, int]]:
-    """(first block, blocks, elements of each) of the whole blocks and of the short last one, where there are any."""
-    whole, rest = divmod(numel, block)
-    return [part for part in ((0, whole, block), (whole, 1, rest)) if part[1] and part[2]]
+def _parts(numel: int, span: int) -> list[tuple[int, int, int]]:
+    """(first span, spans, elements of each) of the whole spans and of the short last one, where there are any."""
+    whole, rest = divmod(numel, span)
+    return [part for part in ((0, whole, span), (whole, 1, rest)) if part[1] and part[2]]
 
 
 def encode_table(
-    x: Tensor, table: np.ndarray, keys: np.ndarray, out: Tensor, block: int, bits: int, clip: float
+    x: Tensor, table: np.ndarray, keys: np.ndarray, out: Tensor, span: int, bits: int, clip: float
 ) -> None:
     """Quantizes x [elements, fp32] into out [bytes], segment by segment of a table as `layout.py` makes it."""
-    for (start, numel, groups_before, blocks_before, first), key in zip(table.tolist(), keys.tolist(), strict=True):
-        at = groups_before * bits + 4 * blocks_before
-        for block0, rows, length in _parts(numel, block):
+    for (start, numel, groups_before, spans_before, first), key in zip(table.tolist(), keys.tolist(), strict=True):
+        at = groups_before * bits + SCALE_BYTES * spans_before
+        for span0, rows, length in _parts(numel, span):
             groups = -(-length // 8)
-            begin = start + block0 * block
+            begin = start + span0 * span
             piece = x[begin : begin + rows * length].view(rows, length)
-            padded = torch.nn.functional.pad(piece, (0, groups * 8 - length))
-            scale = scales(piece, clip)
-            packed = pack(_round(padded, scale, bits, first + block0, block, (key[0], key[1])), bits)
-            rows_of_bytes = torch.cat([scale.unsqueeze(1).view(torch.uint8), packed], dim=1)
+            padded = torch.nn.functional.pad(piece, (0, groups * 8 - length))  # zeros, which no scale counts
+            exponent, q = scale_codes(scales(padded.view(rows * 8, groups), clip).view(rows, 8))
+            codes = _round(padded, scale_values(exponent, q), bits, first + span0, span, (key[0], key[1]))
+            heads = torch.cat([exponent.unsqueeze(1), q], dim=1).to(torch.uint8)
+            rows_of_bytes = torch.cat([heads, pack(codes, bits)], dim=1)
             out[at : at + rows_of_bytes.numel()] = rows_of_bytes.flatten()
             at += rows_of_bytes.numel()
 
 
 def decode_table(
-    payload: Tensor, table: np.ndarray, out: Tensor, block: int, bits: int, factor: float, add: bool
+    payload: Tensor, table: np.ndarray, out: Tensor, span: int, bits: int, factor: float, add: bool
 ) -> None:
     """Writes (or adds, with `add`) the decoded values times `factor` into out [elements, fp32], segment by segment."""
     k = level_count(bits)
-    for start, numel, groups_before, blocks_before, _ in table.tolist():
-        at = groups_before * bits + 4 * blocks_before
-        for block0, rows, length in _parts(numel, block):
+    for start, numel, groups_before, spans_before, _ in table.tolist():
+        at = groups_before * bits + SCALE_BYTES * spans_before
+        for span0, rows, length in _parts(numel, span):
             groups = -(-length // 8)
-            size = 4 + groups * bits
+            size = SCALE_BYTES + groups * bits
             rows_of_bytes = payload[at : at + rows * size].view(rows, size)
-            scale = rows_of_bytes[:, :4].reshape(-1).clone().view(torch.float32).unsqueeze(1)
-            step = (scale / float(k)) * float(np.float32(factor))
-            values = ((unpack(rows_of_bytes[:, 4:].contiguous(), bits) - k).float() * step)[:, :length].flatten()
-            begin = start + block0 * block
+            scale = scale_values(rows_of_bytes[:, 0], rows_of_bytes[:, 1:SCALE_BYTES])
+            step = ((scale / float(k)) * float(np.float32(factor))).repeat_interleave(groups, dim=1)
+            levels = (unpack(rows_of_bytes[:, SCALE_BYTES:].contiguous(), bits) - k).float()
+            values = (levels * step)[:, :length].flatten()
+            begin = start + span0 * span
             target = out[begin : begin + rows * length]
             target.add_(values) if add else target.copy_(values)
             at += rows * size

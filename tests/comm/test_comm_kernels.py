@@ -12,7 +12,7 @@ from tenko.comm import kernels, layout, reference
 
 LENGTHS = st.one_of(st.sampled_from([0, 1, 7, 8, 9, 1015, 1016, 1023, 1024, 1025, 2048, 5000]), st.integers(0, 3000))
 BITS = st.sampled_from([2, 3, 4, 8])
-BLOCKS = st.sampled_from([8, 64, 1000, 1024])
+SPANS = st.sampled_from([64, 128, 1000, 1024])
 
 
 def values(kind: str, numel: int, seed: int) -> torch.Tensor:
@@ -34,73 +34,92 @@ def values(kind: str, numel: int, seed: int) -> torch.Tensor:
 KINDS = st.sampled_from(["normal", "sparse", "heavy", "tiny", "huge", "zero"])
 
 
-def both(x: torch.Tensor, bits: int, clip: float, block: int, key: int) -> tuple[np.ndarray, np.ndarray, layout.Shard]:
-    part = layout.single(x.numel(), block)
+def both(x: torch.Tensor, bits: int, clip: float, span: int, key: int) -> tuple[np.ndarray, np.ndarray, layout.Shard]:
+    part = layout.single(x.numel(), span)
     keys = reference.key_words((key,), [3] * len(part.table))
     fast = np.zeros(part.size(bits), dtype=np.uint8)
     plain = torch.zeros(part.size(bits), dtype=torch.uint8)
-    kernels.encode_table(x.numpy(), part.table, keys, fast, block, bits, clip)
-    reference.encode_table(x, part.table, keys, plain, block, bits, clip)
+    kernels.encode_table(x.numpy(), part.table, keys, fast, span, bits, clip)
+    reference.encode_table(x, part.table, keys, plain, span, bits, clip)
     return fast, plain.numpy(), part
 
 
-def split(payload: np.ndarray, numel: int, block: int, bits: int) -> tuple[np.ndarray, np.ndarray]:
-    """Scales [blocks] and all the bytes of codes."""
-    scales, codes, at = [], [], 0
-    for begin in range(0, numel, block):
-        size = -(-min(block, numel - begin) // 8) * bits
-        scales.append(payload[at : at + 4].view(np.float32)[0])
-        codes.append(payload[at + 4 : at + 4 + size])
-        at += 4 + size
+def split(payload: np.ndarray, numel: int, span: int, bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """Exponent and relative scales [spans, 9], and all the bytes of codes."""
+    heads, codes, at = [np.zeros((0, 9), np.uint8)], [np.zeros(0, np.uint8)], 0
+    for begin in range(0, numel, span):
+        size = -(-min(span, numel - begin) // 8) * bits
+        heads.append(payload[at : at + 9].reshape(1, 9))
+        codes.append(payload[at + 9 : at + 9 + size])
+        at += 9 + size
     assert at == len(payload)
-    return np.array(scales, dtype=np.float32), np.concatenate([*codes, np.zeros(0, np.uint8)])
+    return np.concatenate(heads), np.concatenate(codes)
 
 
 @settings(max_examples=150, deadline=None)
-@given(LENGTHS, BITS, BLOCKS, st.sampled_from([0.0, 1.5, 3.0]), KINDS, st.integers(0, 2**32))
-def test_encode_equals_reference(numel: int, bits: int, block: int, clip: float, kind: str, seed: int) -> None:
+@given(LENGTHS, BITS, SPANS, st.sampled_from([0.0, 1.5, 3.0]), KINDS, st.integers(0, 2**32))
+def test_scales_equal_the_reference(numel: int, bits: int, span: int, clip: float, kind: str, seed: int) -> None:
     x = values(kind, numel, seed)
-    fast, plain, _ = both(x, bits, clip, block, seed)
-    scales_fast, _ = split(fast, numel, block, bits)
-    scales_plain, _ = split(plain, numel, block, bits)
-    np.testing.assert_allclose(scales_fast, scales_plain, rtol=1e-6)
+    fast, plain, _ = both(x, bits, clip, span, seed)
+    heads = [torch.from_numpy(split(payload, numel, span, bits)[0]) for payload in (fast, plain)]
+    a, b = (reference.scale_values(head[:, 0], head[:, 1:]) for head in heads)
+    # Sums of squares in another order may tip a scale into the next eighth of an octave, seldom.
+    torch.testing.assert_close(a, b, rtol=0.1, atol=0)
+    assert (a != b).sum() <= 1 + 0.01 * a.numel()
 
 
 @settings(max_examples=150, deadline=None)
-@given(LENGTHS, BITS, BLOCKS, st.sampled_from([0.0, 3.0]), KINDS, st.integers(0, 2**32))
+@given(LENGTHS, BITS, SPANS, st.sampled_from([0.0, 3.0]), KINDS, st.integers(0, 2**32))
 def test_codes_are_bit_equal_under_the_same_scales(
-    numel: int, bits: int, block: int, clip: float, kind: str, seed: int
+    numel: int, bits: int, span: int, clip: float, kind: str, seed: int
 ) -> None:
     x = values(kind, numel, seed)
-    part = layout.single(numel, block)
+    part = layout.single(numel, span)
     keys = reference.key_words((seed,), [3] * len(part.table))
     fast = np.zeros(part.size(bits), dtype=np.uint8)
-    kernels.encode_table(x.numpy(), part.table, keys, fast, block, bits, clip)
-    given_scales, codes = split(fast, numel, block, bits)
-    original = reference.scales
-    taken = iter(
-        [torch.from_numpy(given_scales[: numel // block]), torch.from_numpy(given_scales[numel // block :])]
-        if numel >= block
-        else [torch.from_numpy(given_scales)]
-    )
+    kernels.encode_table(x.numpy(), part.table, keys, fast, span, bits, clip)
+    heads, codes = split(fast, numel, span, bits)
+    rows = torch.from_numpy(heads).to(torch.int64)
+    original, taken = reference.scale_codes, 0
+
+    def given_codes(scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        nonlocal taken
+        mine = rows[taken : taken + len(scale)]
+        taken += len(scale)
+        return mine[:, 0], mine[:, 1:]
+
     plain = torch.zeros(part.size(bits), dtype=torch.uint8)
     try:
-        reference.scales = lambda _x, _clip: next(taken)
-        reference.encode_table(x, part.table, keys, plain, block, bits, clip)
+        reference.scale_codes = given_codes
+        reference.encode_table(x, part.table, keys, plain, span, bits, clip)
     finally:
-        reference.scales = original
-    np.testing.assert_array_equal(codes, split(plain.numpy(), numel, block, bits)[1])
+        reference.scale_codes = original
+    np.testing.assert_array_equal(codes, split(plain.numpy(), numel, span, bits)[1])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.one_of(st.just(0.0), st.floats(1e-30, 1e37)), min_size=8, max_size=8))
+def test_a_scale_is_rounded_up_by_less_than_an_eighth_of_an_octave(wanted: list[float]) -> None:
+    scale = torch.tensor([wanted], dtype=torch.float32)
+    exponent, q = reference.scale_codes(scale)
+    assert int(exponent) < 255
+    got = reference.scale_values(exponent, q)
+    assert ((got == 0) == (scale == 0)).all()
+    far_below = scale < scale.max() * 2.0**-30  # 32 octaves below the largest the bytes end
+    near = (scale > 0) & ~far_below
+    assert (got[scale > 0] >= scale[scale > 0] * (1 - 1e-6)).all()
+    assert (got[near] <= scale[near] * 2 ** (1 / 8) * (1 + 1e-6)).all()
 
 
 @settings(max_examples=100, deadline=None)
-@given(LENGTHS, BITS, BLOCKS, st.sampled_from([1.0, 0.25, 1 / 3]), st.booleans(), st.integers(0, 2**32))
-def test_decode_equals_reference(numel: int, bits: int, block: int, factor: float, add: bool, seed: int) -> None:
+@given(LENGTHS, BITS, SPANS, st.sampled_from([1.0, 0.25, 1 / 3]), st.booleans(), st.integers(0, 2**32))
+def test_decode_equals_reference(numel: int, bits: int, span: int, factor: float, add: bool, seed: int) -> None:
     x = values("normal", numel, seed)
-    fast, _, part = both(x, bits, 3.0, block, seed)
+    fast, _, part = both(x, bits, 3.0, span, seed)
     start = values("normal", numel, seed + 1)
     a, b = start.clone(), start.clone()
-    kernels.decode_table(fast, part.table, a.numpy(), block, bits, factor, add)
-    reference.decode_table(torch.from_numpy(fast), part.table, b, block, bits, factor, add)
+    kernels.decode_table(fast, part.table, a.numpy(), span, bits, factor, add)
+    reference.decode_table(torch.from_numpy(fast), part.table, b, span, bits, factor, add)
     assert torch.equal(a, b)
 
 

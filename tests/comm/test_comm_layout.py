@@ -1,4 +1,4 @@
-"""Blocks and shards: everything once, no block over two tensors, and codes that do not depend on the bucket."""
+"""Spans and shards: everything once, no span over two tensors, and codes that do not depend on the bucket."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NUMELS = st.lists(st.one_of(st.integers(1, 60), st.integers(1, 5000)), min_size=
 
 @settings(max_examples=150, deadline=None)
 @given(NUMELS, st.sampled_from([8, 64, 1024]), st.integers(1, 9))
-def test_shards_cover_a_bucket_in_whole_blocks(numels: list[int], block: int, world_size: int) -> None:
+def test_shards_cover_a_bucket_in_whole_spans(numels: list[int], block: int, world_size: int) -> None:
     parts = shards(numels, block, world_size)
     assert len(parts) == world_size
     assert parts[0].start == 0
@@ -37,7 +37,7 @@ def test_shards_cover_a_bucket_in_whole_blocks(numels: list[int], block: int, wo
             lengths = [min(block, numel - at) for at in range(0, numel, block)]
             blocks += len(lengths)
             groups += sum(-(-length // 8) for length in lengths)
-        assert (part.blocks, part.groups) == (blocks, groups)
+        assert (part.spans, part.groups) == (blocks, groups)
 
 
 @settings(max_examples=60, deadline=None)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tenko.comm import Quantizer
+from tenko.comm import Quantizer, reference
 
 LENGTHS = st.one_of(st.sampled_from([0, 1, 7, 8, 9, 1023, 1024, 1025]), st.integers(0, 4000))
 BITS = st.sampled_from([2, 3, 4, 8])
@@ -20,16 +20,21 @@ def gaussian(numel: int, seed: int) -> torch.Tensor:
     return torch.randn(numel, generator=torch.Generator().manual_seed(seed))
 
 
-def scales_of(x: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
-    """Scale at every element, by the definition [numel]."""
-    result = torch.empty_like(x, dtype=torch.float64)
-    for begin in range(0, x.numel(), quantizer.block):
-        piece = x[begin : begin + quantizer.block].double()
-        scale = piece.abs().max()
-        if quantizer.clip and piece.any():
-            sigma = piece[piece != 0].square().mean().sqrt()
-            scale = torch.minimum(scale, quantizer.clip * sigma)
-        result[begin : begin + quantizer.block] = scale
+def scales_of(payload: torch.Tensor, x: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
+    """Scale at every element [numel], as the payload says, checked against the definition."""
+    result, at = torch.empty_like(x, dtype=torch.float64), 0
+    for begin in range(0, x.numel(), quantizer.span):
+        piece = x[begin : begin + quantizer.span].double()
+        run = -(-piece.numel() // 8)  # a block
+        head = payload[at : at + 9].view(1, 9)
+        said = reference.scale_values(head[:, 0], head[:, 1:]).flatten().double()
+        for i, block in enumerate(piece.split(run)):
+            scale = block.abs().max()
+            if quantizer.clip and block.any():
+                scale = torch.minimum(scale, quantizer.clip * block[block != 0].square().mean().sqrt())
+            assert scale * (1 - 1e-6) <= said[i] <= scale * 2 ** (1 / 8) * (1 + 1e-6), "rounded up, a little"
+            result[begin + i * run : begin + i * run + block.numel()] = said[i]
+        at += 9 + run * quantizer.bits
     return result
 
 
@@ -50,7 +55,7 @@ def test_error_is_below_one_level_inside_the_clip(
     assert payload.dtype == torch.uint8
     assert payload.shape == (quantizer.size(numel),)
     y = quantizer.decode(payload, numel).double()
-    scale = scales_of(x.float(), quantizer)
+    scale = scales_of(payload, x.float(), quantizer)
     clipped = torch.clamp(x.double(), -scale, scale)
     assert ((y - clipped).abs() <= scale / quantizer.levels * (1 + 1e-5)).all()
     assert (y[x == 0] == 0).all()
@@ -61,7 +66,7 @@ def test_error_is_below_one_level_inside_the_clip(
 def test_rounding_is_unbiased(bits: int) -> None:
     quantizer = Quantizer(bits=bits, clip=2.0, block=512)
     x = gaussian(2048, 5)
-    scale = scales_of(x, quantizer)
+    scale = scales_of(quantizer.encode(x, (3,)), x, quantizer)
     clipped = torch.clamp(x.double(), -scale, scale)
     level = scale / quantizer.levels
     position = (clipped / level).frac().abs()
@@ -75,16 +80,17 @@ def test_rounding_is_unbiased(bits: int) -> None:
     assert 0.95 < (error.std(dim=0)[some] / deviation[some]).mean() < 1.05
 
 
-@pytest.mark.parametrize("fraction", [0.5, 0.1])
-def test_roundings_of_different_elements_and_keys_are_independent(fraction: float) -> None:
-    """Also those of elements half a block apart, which share a hash."""
-    quantizer = Quantizer(bits=3, clip=0.0, block=512)
-    x = torch.full((2048,), fraction)
-    x[::512] = 3.0  # the scale: a level is 1
+@pytest.mark.parametrize("probability", [0.5, 0.1])
+def test_roundings_of_different_elements_and_keys_are_independent(probability: float) -> None:
+    """Also those of elements half a span apart, which share a hash."""
+    quantizer = Quantizer(bits=3, clip=0.0, block=256)
+    level = 4.0 / 3
+    x = torch.full((2048,), probability * level)
+    x[::256] = 4.0  # the scale: a power of two is kept as it is
     rounded = torch.stack([quantizer.decode(quantizer.encode(x, (9, i)), 2048) for i in range(2000)])
-    unit = ((rounded - fraction) / (fraction * (1 - fraction)) ** 0.5).double()
-    unit[:, ::512] = 0
-    pairs = {lag: unit[:, :-lag] * unit[:, lag:] for lag in (1, 2, 16, 255, 256, 257, 512)}
+    unit = ((rounded / level - probability) / (probability * (1 - probability)) ** 0.5).double()
+    unit[:, ::256] = 0
+    pairs = {lag: unit[:, :-lag] * unit[:, lag:] for lag in (1, 2, 16, 128, 256, 512, 1023, 1024, 1025)}
     pairs[-1] = unit[:-1] * unit[1:]  # one key to the next
     for lag, products in pairs.items():
         assert abs(products.mean()) * products.numel() ** 0.5 < 5, lag
@@ -94,10 +100,10 @@ def test_roundings_of_different_elements_and_keys_are_independent(fraction: floa
 def test_values_on_a_level_stay_there(bits: int) -> None:
     quantizer = Quantizer(bits=bits, clip=0.0)
     k = quantizer.levels
-    for scale in (1.0, 0.3, 7e-5, 123456.7):
-        steps = torch.arange(-k, k + 1).repeat(400)
-        step = torch.tensor(scale, dtype=torch.float32) / k
-        x = steps.float() * step
+    for scale in (1.0, 0.25, 2.0**-14, 2.0**17):
+        steps = torch.arange(-k, k + 1).repeat(400)[: 1024 * (400 * (2 * k + 1) // 1024)]
+        steps[::128] = k  # every block has the scale itself
+        x = steps.float() * (torch.tensor(scale) / k)
         for key in range(5):
             y = quantizer.decode(quantizer.encode(x, (key,)), x.numel())
             torch.testing.assert_close(y, x, rtol=3e-7, atol=0)
@@ -123,11 +129,12 @@ def test_same_key_same_codes_other_key_other_codes() -> None:
         assert (one != quantizer.encode(x, other)).float().mean() > 0.2, other
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_bytes_are_within_three_percent_of_the_bits(bits: int) -> None:
+@pytest.mark.parametrize(("bits", "at_most"), [(2, 1.036), (3, 1.03), (4, 1.03), (8, 1.03)])
+def test_bytes_are_near_the_bits(bits: int, at_most: float) -> None:
     numel = 1_000_003
     nominal = numel * bits / 8
-    assert nominal <= Quantizer(bits=bits).size(numel) <= nominal * 1.03
+    assert nominal <= Quantizer(bits=bits).size(numel) <= nominal * at_most
+    assert Quantizer(bits=2, block=256).size(numel) <= numel * 2 / 8 * 1.02
 
 
 def test_sparse_blocks_keep_their_energy() -> None:
@@ -164,7 +171,7 @@ def test_bad_settings_are_named(settings_: dict, words: str) -> None:
 def test_bad_payload_and_key_are_named() -> None:
     quantizer = Quantizer()
     payload = quantizer.encode(gaussian(100, 0), (1,))
-    with pytest.raises(ValueError, match=r"payload: 43 x torch.uint8, but 200 elements at 3 bits make 79"):
+    with pytest.raises(ValueError, match=r"payload: 48 x torch.uint8, but 200 elements at 3 bits make 84"):
         quantizer.decode(payload, 200)
     with pytest.raises(ValueError, match="encode: wants a floating tensor"):
         quantizer.encode(torch.arange(10), (1,))

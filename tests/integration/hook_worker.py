@@ -215,14 +215,14 @@ def meter(_: Path) -> None:
         assert route.meter.down_bytes == counted["down"]
         assert route.meter.fp32_bytes == 3 * 2 * (n - 1) / n * 4 * sum(numels)
 
-        def payload(bits: int, block: int = block) -> int:
-            return sum(4 + -(-min(block, m - at) // 8) * bits for m in numels for at in range(0, m, block))
+        def payload(bits: int, span: int = 8 * block) -> int:
+            return sum(9 + -(-min(span, m - at) // 8) * bits for m in numels for at in range(0, m, span))
 
         total = torch.tensor([route.meter.up_bytes, route.meter.down_bytes])
         dist.all_reduce(total)
         assert total[0] == 3 * (n - 1) * payload(bits), "over all ranks, all but every rank's own shard"
-        least, most = payload(bits_down), payload(bits_down) + n * len(numels) * (4 + block // 8 * bits_down)
-        assert 3 * (n - 1) * least <= total[1] <= 3 * (n - 1) * most, "shards are padded by a block at most"
+        least, most = payload(bits_down), payload(bits_down) + n * len(numels) * (9 + block * bits_down)
+        assert 3 * (n - 1) * least <= total[1] <= 3 * (n - 1) * most, "shards are padded by a span at most"
         route.close()
 
 

@@ -1,0 +1,52 @@
+"""Error feedback: nothing is lost, only late; residuals follow their parameters through other buckets and a save."""
+
+from __future__ import annotations
+
+import torch
+
+from tenko.comm import Quantizer
+from tenko.comm.collectives import BucketPlan
+from tenko.comm.feedback import ErrorFeedback
+from tenko.comm.layout import single
+
+
+def test_sent_and_residual_add_up_to_the_gradients() -> None:
+    """The sum of what was sent differs from the sum of the gradients by the last residual alone."""
+    quantizer, numel = Quantizer(bits=3), 5000
+    generator = torch.Generator().manual_seed(1)
+    part, residual = single(numel, quantizer.span), torch.zeros(numel)
+    sent, wanted = torch.zeros(numel, dtype=torch.float64), torch.zeros(numel, dtype=torch.float64)
+    for step in range(50):
+        gradient = torch.randn(numel, generator=generator)
+        residual.add_(gradient)
+        payload = quantizer.encode(residual, (step,))
+        sent += quantizer.decode(payload, numel).double()
+        wanted += gradient.double()
+        quantizer.decode_shard(payload, part, residual, factor=-1.0, add=True)
+    torch.testing.assert_close(sent + residual.double(), wanted, rtol=0, atol=1e-4)
+    assert residual.square().mean() < 1, "it stays below one gradient"
+
+
+def test_residuals_follow_parameters_into_other_buckets() -> None:
+    feedback = ErrorFeedback()
+    cpu = torch.device("cpu")
+    feedback.flat((3, 1), (2, 3), cpu).copy_(torch.arange(5.0))
+    feedback.flat((2,), (4,), cpu).fill_(9)
+    again = feedback.flat((1, 2), (3, 4), cpu)
+    assert again.tolist() == [2, 3, 4, 9, 9, 9, 9]
+    assert feedback.flat((3,), (2,), cpu).tolist() == [0, 1]
+    again.fill_(7)
+    other = ErrorFeedback()
+    other.load_state_dict(feedback.state_dict())
+    assert other.flat((1, 3), (3, 2), cpu).tolist() == [7, 7, 7, 0, 1]
+    feedback.clear()
+    assert feedback.flat((1, 2), (3, 4), cpu).count_nonzero() == 0
+
+
+def test_a_bucket_that_is_used_again_keeps_its_residuals() -> None:
+    feedback = ErrorFeedback()
+    cpu = torch.device("cpu")
+    first = feedback.flat((0, 1), (8, 8), cpu)
+    assert feedback.flat((0, 1), (8, 8), cpu) is first
+    plan = BucketPlan((0, 1), (8, 8), 0, 2, Quantizer(), Quantizer(bits=4), cpu)
+    assert plan.whole.stop == first.numel()
