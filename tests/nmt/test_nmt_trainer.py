@@ -347,6 +347,32 @@ def test_techniques_are_told_before_and_after_each_update(small_corpus: Corpus, 
     assert not torch.equal(first, second)
 
 
+class Dice(Recorder):
+    """Notes the generator's first number in each update."""
+
+    def before_update(self, update: int) -> None:
+        self.weights.append(torch.rand(()))
+
+    def after_update(self, update: int) -> None:
+        """Nothing."""
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_dropout_is_new_for_each_update_and_rank_and_the_same_once_more(
+    small_corpus: Corpus, tmp_path: Path, world: int
+) -> None:
+    def draws(rank: int, after: int) -> list[float]:
+        dice = Dice()
+        trainer = toy_trainer(small_corpus, tmp_path, rank=rank, world=world, techniques=[dice])
+        trainer.updates = after
+        updates(trainer, 3)
+        return [float(number) for number in dice.weights]
+
+    first = [draws(rank, 0) for rank in range(world)]
+    assert len({number for numbers in first for number in numbers}) == 3 * world
+    assert draws(world - 1, 2)[0] == first[-1][2], "by the update's number, not by what came before"
+
+
 def test_training_through_int8_bakes_to_the_model_that_was_trained(small_corpus: Corpus, tmp_path: Path) -> None:
     model = toy_model(small_corpus)
     technique = Int8PerChannel(QuantizeConfig())
