@@ -3,8 +3,8 @@
     python benchmarks/gradients.py --run runs/demo
 
 Two batches stand for two ranks. For three weights the table gives the squared error of the exchanged mean, relative to
-the mean's square (`relative`), and the same with both divided, element by element, by Adam's second moment (`Adam`): the
-error that the optimizer sees. Without error feedback, which takes care of what is left.
+the mean's square (`relative`), and the same with both divided, element by element, by Adam's second moment (`Adam`):
+the error that the optimizer sees. Without error feedback, which takes care of what is left.
 """
 
 from __future__ import annotations

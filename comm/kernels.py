@@ -72,40 +72,36 @@ def _hash(counter, key0, key1):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True, fastmath={"reassoc", "nsz"})
-def _sum_of_squares(x):  # type: ignore[no-untyped-def]
-    total = np.float32(0)
-    for i in range(x.size):
-        total += x[i] * x[i]
-    return total
+def _find_scales(x, words, clip, scales, number, word):  # type: ignore[no-untyped-def]
+    """Writes the scales [8] of a padded span's blocks: min(max |x|, clip * sigma), NaN when one is not finite.
 
-
-@njit(nogil=True, cache=True)
-def _scale_of(x, bits_of_x, clip, box, bits_of_box):  # type: ignore[no-untyped-def]
-    """Scale of a block: min(max |x|, clip * sigma); NaN when an element is not finite, 0 when nothing is to be sent."""
-    largest_bits = np.int32(0)
-    zeros = np.int32(0)
-    for i in range(bits_of_x.size):
-        magnitude = np.int32(bits_of_x[i] & _ABS_BITS)
-        largest_bits = max(largest_bits, magnitude)
-        zeros = np.int32(zeros + np.int32(magnitude == 0))
-    if largest_bits >= _INF_BITS:
-        return np.float32(np.nan)
-    if largest_bits == 0:
-        return np.float32(0)
-    bits_of_box[0] = largest_bits  # two views of one number: the cheap way from bits to a float
-    largest = box[0]
-    scale = np.float64(largest)
-    if clip > 0:
-        if _MIN_PLAIN < largest < _MAX_PLAIN:
-            squares = np.float64(_sum_of_squares(x))
-        else:  # squares in fp32 would leave its range
-            squares = np.float64(0)
-            for i in range(x.size):
-                squares += np.float64(x[i]) * np.float64(x[i])
-        scale = min(scale, clip * math.sqrt(squares / (x.size - zeros)))
-    if scale < _MIN_SCALE:
-        return np.float32(0)
-    return np.float32(scale)
+    `words` are the bits of x; `word` and `number` are two views of one number, the cheap way from bits to a float.
+    """
+    groups = x.size // 8
+    for j in range(8):
+        run, run_words = x[j * groups : (j + 1) * groups], words[j * groups : (j + 1) * groups]
+        largest_bits = np.int32(0)
+        zeros = np.int32(0)
+        squares = np.float32(0)
+        for i in range(groups):
+            magnitude = np.int32(run_words[i] & _ABS_BITS)
+            largest_bits = max(largest_bits, magnitude)
+            zeros = np.int32(zeros + np.int32(magnitude == 0))
+            squares += run[i] * run[i]
+        word[0] = largest_bits
+        scale = number[0]
+        if largest_bits >= _INF_BITS:
+            scale = np.float32(np.nan)
+        elif clip > 0 and largest_bits > 0:
+            if _MIN_PLAIN < scale < _MAX_PLAIN:
+                sigma = np.float32(math.sqrt(squares / np.float32(groups - zeros)))
+            else:  # squares in fp32 have left its range
+                total = np.float64(0)
+                for i in range(groups):
+                    total += np.float64(run[i]) * np.float64(run[i])
+                sigma = np.float32(math.sqrt(total / (groups - zeros)))
+            scale = min(scale, np.float32(clip) * sigma)
+        scales[j] = np.float32(0) if scale < _MIN_SCALE else scale
 
 
 @njit(nogil=True, cache=True)
@@ -142,23 +138,29 @@ def _encode_scales(scales, word, number, q):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def _round_runs(low, high, codes_low, codes_high, inverse_low, inverse_high, limit, grid, counter, key0, key1):  # type: ignore[no-untyped-def]
-    """Stochastically rounded codes, 0..2k, of two blocks. Shifts are constants: those by a variable would widen."""
+def _round_span(x, codes, inverses, limit, grid, first, key0, key1):  # type: ignore[no-untyped-def]
+    """Stochastically rounded codes, 0..2k, of a padded span. Shifts are constants: those by a variable would widen."""
+    groups = x.size // 8
     bottom = -limit
     offset = np.float32(limit + np.float32(grid) * np.float32(0.5))
     mask = np.int32(-grid)
-    for i in range(low.size):
-        h = _hash(np.uint32(counter + np.uint32(i)), key0, key1)
-        y = low[i] * inverse_low
-        y = limit if y > limit else y
-        y = bottom if y < bottom else y
-        fixed = np.int32(np.int32(y + offset) & mask)
-        codes_low[i] = np.uint8(np.uint32(fixed + np.int32(h & np.uint32(0xFFFF))) >> np.uint32(16))
-        z = high[i] * inverse_high
-        z = limit if z > limit else z
-        z = bottom if z < bottom else z
-        fixed = np.int32(np.int32(z + offset) & mask)
-        codes_high[i] = np.uint8(np.uint32(fixed + np.int32(np.uint32(h >> np.uint32(16)))) >> np.uint32(16))
+    for j in range(4):
+        low, high = x[j * groups : (j + 1) * groups], x[(j + 4) * groups : (j + 5) * groups]
+        codes_low, codes_high = codes[j * groups : (j + 1) * groups], codes[(j + 4) * groups : (j + 5) * groups]
+        inverse_low, inverse_high = inverses[j], inverses[j + 4]
+        counter = np.uint32(first + j * groups)
+        for i in range(groups):
+            h = _hash(np.uint32(counter + np.uint32(i)), key0, key1)
+            y = low[i] * inverse_low
+            y = limit if y > limit else y
+            y = bottom if y < bottom else y
+            fixed = np.int32(np.int32(y + offset) & mask)
+            codes_low[i] = np.uint8(np.uint32(fixed + np.int32(h & np.uint32(0xFFFF))) >> np.uint32(16))
+            z = high[i] * inverse_high
+            z = limit if z > limit else z
+            z = bottom if z < bottom else z
+            fixed = np.int32(np.int32(z + offset) & mask)
+            codes_high[i] = np.uint8(np.uint32(fixed + np.int32(np.uint32(h >> np.uint32(16)))) >> np.uint32(16))
 
 
 @njit(nogil=True, cache=True)
@@ -232,10 +234,7 @@ def encode_table(x, table, keys, out, span, bits, clip):  # type: ignore[no-unty
                 piece = padded[: groups * 8]
                 piece[:length] = x[begin : begin + length]
                 piece[length:] = 0
-            bits_of_piece = piece.view(np.int32)
-            for j in range(8):
-                run = slice(j * groups, (j + 1) * groups)
-                scales[j] = _scale_of(piece[run], bits_of_piece[run], clip, number, word)
+            _find_scales(piece, piece.view(np.int32), clip, scales, number, word)
             out[end] = _encode_scales(scales, word, number, out[end + 1 : end + _SCALE_BYTES])
             mine = codes[: groups * 8]
             if out[end] == 255:
@@ -244,22 +243,7 @@ def encode_table(x, table, keys, out, span, bits, clip):  # type: ignore[no-unty
                 for j in range(8):
                     inverses[j] = limit / scales[j] if scales[j] > 0 else np.float32(0)
                 first = (table[s, 4] + b) * (span // 2)
-                for j in range(4):
-                    low, high = slice(j * groups, (j + 1) * groups), slice((j + 4) * groups, (j + 5) * groups)
-                    counter = np.uint32(first + j * groups)
-                    _round_runs(
-                        piece[low],
-                        piece[high],
-                        mine[low],
-                        mine[high],
-                        inverses[j],
-                        inverses[j + 4],
-                        limit,
-                        grid,
-                        counter,
-                        key0,
-                        key1,
-                    )
+                _round_span(piece, mine, inverses, limit, grid, first, key0, key1)
             end += _SCALE_BYTES
             _pack(mine, out[end : end + groups * bits], bits)
             end += groups * bits

@@ -9,8 +9,8 @@ a value between two levels goes to the upper one with the fractional probability
 Choices of our own, beside the paper's:
 - Blocks are small, 128 elements: a row of a small model's matrices. Rows of an embedding's gradient differ by orders of
   magnitude (frequent and rare words); under one scale the clip cuts the large ones and the rounding drowns the small
-  ones, which Adam then divides by the noise. (Real gradients, 3/4 bits, error relative to Adam's second moment: 3.8 in
-  blocks of 1024, 0.15 in blocks of 128; `benchmarks/gradients.py`.)
+  ones, which Adam then divides by the noise. (The demo's embedding, error of 3/4 bits weighted by Adam's second moment:
+  84 in blocks of 1024, 0.12 in blocks of 128, by `benchmarks/gradients.py`.)
 - So a scale must be cheap: 8 blocks are a span, which has one exponent (a byte), and a block's scale is 2^(-q/8) of it,
   q a byte, rounded up by at most 9 %, so that nothing is clipped that c does not clip.
 - sigma = sqrt(sum x^2 / number of elements that are not zero). The gradient of an embedding is zero in the rows
