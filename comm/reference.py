@@ -127,7 +127,8 @@ def _round(x: Tensor, scale: Tensor, bits: int, first_span: int, span: int, key:
     limit = float(k << 16)
     scale = scale.repeat_interleave(x.shape[1] // 8, dim=1)
     sendable = scale > 0  # False for NaN
-    inverse = limit / torch.where(sendable, scale, torch.ones_like(scale))
+    # A tensor by a tensor: torch divides a number by a tensor as number * (1 / tensor), another rounding.
+    inverse = torch.full_like(scale, limit) / torch.where(sendable, scale, torch.ones_like(scale))
     y = torch.where(sendable, x, torch.zeros_like(x)) * inverse
     fixed = (y.clamp(-limit, limit) + (limit + 0.5 * grid)).to(torch.int64) & -grid
     return torch.where(sendable, (fixed + random) >> 16, k)

@@ -10,6 +10,7 @@ checkpoints/best/         the same layout, weights only, of the best validation 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -84,7 +85,11 @@ def save(
             _seal(temporary, target)
         barrier()
     except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        # Only what this rank wrote: were the folder to go, other ranks would fail for want of it, and say so first.
+        mine = [f"rank-{rank}.pt", *(["model.safetensors", "state.pt"] if rank == 0 else [])]
+        for name in mine:
+            with contextlib.suppress(OSError):
+                (temporary / name).unlink(missing_ok=True)
         raise OSError(
             f"{target}: cannot write the checkpoint: {_first_line(error)}; earlier ones are intact"
         ) from error
