@@ -42,7 +42,9 @@ class Best:
     bleu: float = -1.0
     update: int = 0
     since: int = 0
-    """Validations without a better one."""
+    """Validations without a better BLEU."""
+    nll: float = math.inf
+    """Breaks ties, for instance while BLEU is still 0."""
 
 
 class Trainer:
@@ -217,7 +219,7 @@ class Trainer:
                     f"below {self.config.min_loss_scale:g}: gradients overflow again and again; lower train.lr or use "
                     "precision: bf16 or fp32"
                 )
-        elif overflows and overflows >= min(self.config.log_interval, 10):
+        elif overflows >= 10 or (overflows and overflows == self.config.log_interval > 1):
             raise ValueError(
                 f"train.lr: training diverged, {overflows} of the last {self.config.log_interval} updates to "
                 f"{self.updates} had a non-finite gradient; lower train.lr, or set train.clip_norm"
@@ -233,8 +235,9 @@ class Trainer:
         self.wrapped.eval()
         result = validate()
         self.wrapped.train()
-        if result.bleu > self.best.bleu:
-            self.best = Best(result.bleu, self.updates, 0)
+        since = 0 if result.bleu > self.best.bleu else self.best.since + 1
+        if (result.bleu, -result.nll) > (self.best.bleu, -self.best.nll):
+            self.best = Best(result.bleu, self.updates, since, result.nll)
             checkpoint.save(
                 self.checkpoints / "best",
                 model_state=self.parameters,
@@ -243,7 +246,7 @@ class Trainer:
                 barrier=distributed.barrier,
             )
         else:
-            self.best.since += 1
+            self.best.since = since
         return {
             "kind": "valid",
             "update": self.updates,
@@ -267,7 +270,7 @@ class Trainer:
                 "world": self.stream.world,
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
-                "best": [self.best.bleu, self.best.update, self.best.since],
+                "best": [self.best.bleu, self.best.update, self.best.since, self.best.nll],
                 "seconds": self.seconds,
             },
             rank_state={

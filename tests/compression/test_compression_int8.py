@@ -8,10 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tenko.compression import Int8PerChannel, QuantizeConfig, Technique, read_artefact, write_artefact
-from tenko.compression.int8 import dequantize_rows, quantize_rows
 from torch import Tensor, nn
 from torch.nn import functional
+
+from tenko.compression import Int8PerChannel, QuantizeConfig, Technique, read_artefact, write_artefact
+from tenko.compression.int8 import dequantize_rows, quantize_rows
 
 
 class Tied(nn.Module):

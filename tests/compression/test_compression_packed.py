@@ -14,8 +14,9 @@ import pytest
 import safetensors.torch
 import torch
 from safetensors import safe_open
-from tenko.compression import Int8PerChannel, QuantizeConfig, artefact_bytes, read_artefact, write_artefact
 from torch import Tensor
+
+from tenko.compression import Int8PerChannel, QuantizeConfig, artefact_bytes, read_artefact, write_artefact
 
 METADATA = {"direction": "en-cs", "model": {"arch": "transformer", "embed_dim": 8}}
 Parts = dict[str, Tensor]
