@@ -40,17 +40,18 @@ def measure(megabytes: int, repetitions: int, block: int, clip: float) -> dict:
     numel = megabytes * 1_000_000 // 4
     x = torch.randn(numel, generator=torch.Generator().manual_seed(1))
     out = torch.zeros(numel)
-    part = single(numel, Quantizer(block=block).span)
     keys = key_words((1, 2), (3,))
     source, target = x.numpy(), out.numpy().copy()
 
     jobs: dict[tuple[str, int], Callable[[], object]] = {("memcpy", 0): lambda: np.copyto(target, source)}
+    parts = {}
     for bits in BITS:
         quantizer = Quantizer(bits=bits, clip=clip, block=block)
+        part = parts[bits] = single(numel, quantizer.span)
         payload = torch.zeros(part.size(bits), dtype=torch.uint8)
-        jobs["encode", bits] = lambda q=quantizer, p=payload: q.encode_shard(x, part, keys, p)
-        jobs["decode-add", bits] = lambda q=quantizer, p=payload: q.decode_shard(p, part, out, add=True)
-        jobs["decode", bits] = lambda q=quantizer, p=payload: q.decode_shard(p, part, out)
+        jobs["encode", bits] = lambda q=quantizer, s=part, p=payload: q.encode_shard(x, s, keys, p)
+        jobs["decode-add", bits] = lambda q=quantizer, s=part, p=payload: q.decode_shard(p, s, out, add=True)
+        jobs["decode", bits] = lambda q=quantizer, s=part, p=payload: q.decode_shard(p, s, out)
 
     begin = time.perf_counter()
     Quantizer().encode(x[:1024])
@@ -65,7 +66,7 @@ def measure(megabytes: int, repetitions: int, block: int, clip: float) -> dict:
     memcpy = statistics.median(seconds["memcpy", 0])
     rows = []
     for bits in BITS:
-        row: dict = {"bits": bits, "wire_over_nominal": part.size(bits) / (numel * bits / 8)}
+        row: dict = {"bits": bits, "wire_over_nominal": parts[bits].size(bits) / (numel * bits / 8)}
         for kernel in GOALS:
             median = statistics.median(seconds[kernel, bits])
             row[kernel] = {"gb_per_s": numel * 4 / median / 1e9, "of_memcpy": memcpy / median}
@@ -84,7 +85,8 @@ def measure(megabytes: int, repetitions: int, block: int, clip: float) -> dict:
 
 def table(result: dict) -> str:
     lines = [
-        f"{result['cpu']}, one core, {result['megabytes']} MB of fp32, blocks of {result['block']}, "
+        f"{result['cpu']}, one core, {result['megabytes']} MB of fp32, "
+        f"blocks of {result['block'] or '128 (256 at 2 bits)'}, "
         f"c = {result['clip']:g}; medians of {result['repetitions']}",
         f"memcpy {result['memcpy_gb_per_s']:.1f} GB/s; kernels compiled or loaded in "
         f"{result['seconds_to_load_kernels']:.1f} s",
@@ -115,7 +117,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
     parser.add_argument("--megabytes", type=int, default=64, help="fp32 bytes of the array, in 10^6 (default 64)")
     parser.add_argument("--repetitions", type=int, default=15, help="default 15")
-    parser.add_argument("--block", type=int, default=128, help="elements that share a scale (default 128)")
+    parser.add_argument("--block", type=int, default=0, help="elements of a scale (default 128, 256 at 2 bits)")
     parser.add_argument("--clip", type=float, default=3.0, help="in standard deviations, 0 does not clip (default 3)")
     options = parser.parse_args()
     result = measure(options.megabytes, options.repetitions, options.block, options.clip)

@@ -16,8 +16,9 @@ class CommConfig:
     """Bits an element on the way down (owner to all workers): 2, 3, 4 or 8."""
     clip: float = 3.0
     """Clip gradients to this many standard deviations of their block before quantizing; 0 does not clip."""
-    block: int = 128
-    """Elements that share a scale and a sigma; a multiple of 8."""
+    block: int = 0
+    """Elements that share a scale and a sigma; a multiple of 8. 0 takes 128, or 256 where a leg has 2 bits: then the
+    scales stay below 3 % of the bytes."""
     error_feedback: bool = True
     """Add to each gradient what quantization left out of the one before; 4 bytes of memory a parameter."""
 
@@ -27,5 +28,10 @@ class CommConfig:
                 raise ValueError(f"{key}: must be 2, 3, 4 or 8, is {getattr(self, key)}")
         if self.clip < 0:
             raise ValueError(f"clip: must be at least 0, is {self.clip}")
-        if self.block < 8 or self.block % 8:
-            raise ValueError(f"block: must be a positive multiple of 8, is {self.block}")
+        if self.block < 0 or self.block % 8:
+            raise ValueError(f"block: must be a multiple of 8, or 0 for the default, is {self.block}")
+
+
+def default_block(*bits: int) -> int:
+    """Elements of a block where a recipe or a program says 0: scales stay below 3 % of the bytes."""
+    return 256 if 2 in bits else 128

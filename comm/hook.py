@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from .collectives import BucketPlan, mean_in_place
-from .config import CommConfig
+from .config import CommConfig, default_block
 from .feedback import ErrorFeedback
 from .quantizer import Quantizer
 from .route import Route
@@ -33,7 +33,7 @@ class QuantizedAllReduce(Route):
         bits: bits an element on the way up, 2, 3, 4 or 8.
         bits_down: bits an element on the way down. More than up costs little: the second rounding hits the mean.
         clip: clip to so many standard deviations of a block, on both legs; 0 does not clip.
-        block: elements that share a scale and a sigma, a multiple of 8.
+        block: elements that share a scale and a sigma, a multiple of 8; 0 takes 128, or 256 where a leg has 2 bits.
         error_feedback: add to a gradient what quantization left out of the one before (4 bytes a parameter, saved by
             `state_dict`). It is dropped when a gradient is not finite.
         seed: of the stochastic rounding; must be the same on all ranks.
@@ -49,7 +49,7 @@ class QuantizedAllReduce(Route):
         bits: int = 3,
         bits_down: int = 4,
         clip: float = 3.0,
-        block: int = 128,
+        block: int = 0,
         *,
         error_feedback: bool = True,
         seed: int = 0,
@@ -57,6 +57,7 @@ class QuantizedAllReduce(Route):
         super().__init__()
         self._feedback = ErrorFeedback() if error_feedback else None
         self._finite = True
+        block = block or default_block(bits, bits_down)
         self.up = Quantizer(bits=bits, clip=clip, block=block)
         try:
             self.down = Quantizer(bits=bits_down, clip=clip, block=block)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .config import default_block
 from .layout import Shard, single
 
 BITS = (2, 3, 4, 8)
@@ -26,7 +27,7 @@ class Quantizer:
     Args:
         bits: bits an element, 2 (ternary), 3, 4 or 8.
         clip: magnitudes are clipped to this many standard deviations of their block; 0 does not clip.
-        block: elements that share a scale and a sigma, a multiple of 8.
+        block: elements that share a scale, a multiple of 8; 0 takes 128, or 256 at 2 bits.
 
     Raises:
         ValueError: a setting is none of these.
@@ -36,15 +37,17 @@ class Quantizer:
 
     bits: int = 3
     clip: float = 3.0
-    block: int = 128
+    block: int = 0
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
             raise ValueError(f"bits: must be 2, 3, 4 or 8, is {self.bits}")
         if not 0 <= self.clip < float("inf"):
             raise ValueError(f"clip: must be finite and at least 0 (0: no clip), is {self.clip}")
-        if self.block < 8 or self.block % 8:
-            raise ValueError(f"block: must be a positive multiple of 8, is {self.block}")
+        if self.block < 0 or self.block % 8:
+            raise ValueError(f"block: must be a multiple of 8, or 0 for the default, is {self.block}")
+        if self.block == 0:
+            object.__setattr__(self, "block", default_block(self.bits))
 
     @property
     def span(self) -> int:

@@ -129,12 +129,11 @@ def test_same_key_same_codes_other_key_other_codes() -> None:
         assert (one != quantizer.encode(x, other)).float().mean() > 0.2, other
 
 
-@pytest.mark.parametrize(("bits", "at_most"), [(2, 1.036), (3, 1.03), (4, 1.03), (8, 1.03)])
+@pytest.mark.parametrize(("bits", "at_most"), [(2, 1.03), (3, 1.03), (4, 1.03), (8, 1.03)])
 def test_bytes_are_near_the_bits(bits: int, at_most: float) -> None:
     numel = 1_000_003
     nominal = numel * bits / 8
     assert nominal <= Quantizer(bits=bits).size(numel) <= nominal * at_most
-    assert Quantizer(bits=2, block=256).size(numel) <= numel * 2 / 8 * 1.02
 
 
 def test_sparse_blocks_keep_their_energy() -> None:
@@ -159,8 +158,8 @@ def test_overflow_is_not_clamped_away() -> None:
         ({"bits": 5}, "bits: must be 2, 3, 4 or 8, is 5"),
         ({"clip": -1.0}, "clip: .*is -1.0"),
         ({"clip": float("nan")}, "clip: .*is nan"),
-        ({"block": 12}, "block: must be a positive multiple of 8, is 12"),
-        ({"block": 0}, "block: .*is 0"),
+        ({"block": 12}, "block: must be a multiple of 8, or 0 for the default, is 12"),
+        ({"block": -8}, "block: .*is -8"),
     ],
 )
 def test_bad_settings_are_named(settings_: dict, words: str) -> None:
