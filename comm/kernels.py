@@ -250,6 +250,7 @@ def encode_table(x, table, keys, out, span, bits, clip):  # type: ignore[no-unty
     return end
 
 
+# Two loops, not one with a flag, so that neither has a branch inside.
 @njit(nogil=True, cache=True)
 def _unpack_add(codes, out, bits, k, steps):  # type: ignore[no-untyped-def]
     groups = out.size // 8

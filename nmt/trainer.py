@@ -55,8 +55,8 @@ class Trainer:
         stream: this rank's batches.
         config: the recipe's settings.
         seed: of dropout.
-        wrap: puts `ModelWithLoss` into DDP (accelerate's `prepare`); identity in a single process.
-        route: the communication route registered by `wrap`'s caller, whose state is saved and whose meter is logged.
+        wrap: puts `ModelWithLoss` into DDP and gives the route it registered, whose state is saved and whose meter is
+            logged; a single process keeps the module, without a route.
         techniques: told before and after each update.
         checkpoints: folder of the checkpoints.
     """

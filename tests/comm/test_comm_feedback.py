@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import torch
+from pathlib import Path
 
-from tenko.comm import Quantizer
-from tenko.comm.collectives import BucketPlan
+import torch
+import torch.distributed as dist
+
+from tenko.comm import QuantizedAllReduce, Quantizer, WireMeter
+from tenko.comm.collectives import BucketPlan, mean_in_place
 from tenko.comm.feedback import ErrorFeedback
 from tenko.comm.layout import single
 
@@ -50,3 +53,40 @@ def test_a_bucket_that_is_used_again_keeps_its_residuals() -> None:
     assert feedback.flat((0, 1), (8, 8), cpu) is first
     plan = BucketPlan((0, 1), (8, 8), 0, 2, Quantizer(), Quantizer(bits=4), cpu)
     assert plan.whole.stop == first.numel()
+
+
+def test_the_exchange_feeds_back_what_it_left_out(tmp_path: Path) -> None:
+    """Over many updates the means add up to the gradients, but for the last residual and the fine rounding down."""
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        numel, steps = 4096, 60
+        plan = BucketPlan((0,), (numel,), 0, 1, Quantizer(bits=3), Quantizer(bits=8), torch.device("cpu"))
+        residual, total, wanted = torch.zeros(numel), torch.zeros(numel), torch.zeros(numel)
+        gradient = torch.randn(numel, generator=torch.Generator().manual_seed(3))
+        for step in range(steps):
+            buffer = gradient.clone()
+            mean_in_place(buffer, plan, seed=1, step=step, group=None, meter=WireMeter(), residual=residual)
+            total += buffer
+            wanted += gradient
+        error = (total + residual - wanted).square().mean().sqrt()
+        assert error < 0.05 * steps**0.5, "only the rounding of the way down is lost"
+        assert 0 < residual.square().mean() < 1
+    finally:
+        dist.destroy_process_group()
+
+
+def test_an_overflow_in_any_bucket_forgets_all_residuals() -> None:
+    route = QuantizedAllReduce()
+    assert route._feedback is not None
+    residual = route._feedback.flat((0,), (8,), torch.device("cpu")).fill_(1)
+    route._forget_after_overflow(torch.full((8,), torch.inf), last=False)
+    assert residual.tolist() == [1] * 8, "the other buckets of this gradient are still to come"
+    route._forget_after_overflow(torch.ones(8), last=True)
+    assert residual.count_nonzero() == 0
+    residual.fill_(2)
+    route._forget_after_overflow(torch.ones(8), last=True)
+    assert residual.tolist() == [2] * 8, "forgotten once"
+    other = QuantizedAllReduce()
+    other.load_state_dict(route.state_dict())
+    assert other._feedback is not None
+    assert other._feedback.flat((0,), (8,), torch.device("cpu")).tolist() == [2] * 8
