@@ -1,7 +1,8 @@
-"""How a bucket of several tensors is cut into spans of 8 blocks, and the spans into shards, one a rank.
+"""How the tensors of a model are cut into spans of 8 blocks, and the spans into shards, one an owner.
 
-A span never straddles two tensors, and a shard is a run of whole spans: so a tensor's codes depend on the
-tensor alone, neither on the bucket that DDP happened to put it in nor on the rank that adds it up.
+A span never straddles two tensors. Where a tensor is cut is a function of the model alone, never of the bucket that DDP
+happened to put the tensor in: so a tensor's codes, the owner of each of its elements, and whatever an owner keeps
+(optimizer state, residuals) survive a rebuild of the buckets and a resume.
 """
 
 from __future__ import annotations
@@ -17,16 +18,17 @@ SCALE_BYTES = 9
 
 @dataclass(frozen=True)
 class Shard:
-    """Whole spans that lie side by side in a bucket."""
+    """Whole spans of one or several tensors, and where their elements lie in a flat buffer."""
 
-    start: int
-    """First element, counted in the bucket."""
-    stop: int
-    """One past the last element."""
     table: np.ndarray
-    """int64 [segments, 5]: start, numel, groups before, spans before (in the shard), first span (in the tensor)."""
+    """int64 [segments, 5]: start (in the buffer), numel, groups before, spans before (in the shard), first span (in the
+    tensor). A segment is a run of spans of one tensor."""
     tensors: np.ndarray
-    """int64 [segments]: position in the bucket of the tensor that a segment is part of."""
+    """int64 [segments]: which of the tensors that the shard was made for a segment is part of."""
+    rows: np.ndarray
+    """int64 [segments]: elements of a row of that tensor; 0 where it has fewer than two dimensions."""
+    numel: int
+    """Elements of all segments."""
     groups: int
     """Groups of 8 codes."""
     spans: int
@@ -35,74 +37,89 @@ class Shard:
         """Bytes of the shard's codes and scales."""
         return self.groups * bits + self.spans * SCALE_BYTES
 
-
-def _table(rows: Sequence[tuple[int, ...]]) -> np.ndarray:
-    return np.array(rows, dtype=np.int64).reshape(len(rows), 5)
-
-
-def single(numel: int, span: int) -> Shard:
-    """One tensor of `numel` elements, whole."""
-    return shards([numel], span, 1)[0]
+    def compact(self) -> Shard:
+        """The same spans in a buffer of their own [numel], one segment after the other."""
+        table = self.table.copy()
+        if len(table):
+            table[:, 0] = np.cumsum(table[:, 1]) - table[:, 1]
+        return Shard(table, self.tensors, self.rows, self.numel, self.groups, self.spans)
 
 
-def shards(numels: Sequence[int], span: int, world_size: int) -> list[Shard]:
-    """Cuts tensors that lie side by side into `world_size` shards of about the same number of bytes.
+class Cut:
+    """Every tensor of a model cut into `parts` runs of whole spans, the same number of bytes for each part.
 
     Args:
-        numels: elements of every tensor, in the bucket's order.
+        numels: elements of every tensor, in the model's order.
         span: elements of a span, 8 times a block.
-        world_size: number of shards; some are empty when there are fewer spans than ranks.
-    """
-    # Groups up to and including each span: what a shard weighs.
-    spans_of = [-(-numel // span) for numel in numels]
-    weights = [
-        -(-min(span, numel - b * span) // 8) for numel, n in zip(numels, spans_of, strict=True) for b in range(n)
-    ]
-    ends = np.cumsum(np.array(weights, dtype=np.int64))
-    total = int(ends[-1]) if len(ends) else 0
-    # Span i belongs to the shard that holds its middle.
-    middles = ends - np.array(weights, dtype=np.int64) / 2
-    owner = np.minimum((middles * world_size / max(total, 1)).astype(np.int64), world_size - 1)
-    bounds = np.searchsorted(owner, np.arange(world_size + 1))
+        parts: how many owners there are.
+        rows: elements of a row of every tensor, 0 for those with fewer than two dimensions; default all 0.
 
-    result = []
-    tensor, done = 0, 0  # next span to give away: `done` in tensor `tensor`
-    at = 0  # element in the bucket
-    for rank in range(world_size):
-        left = int(bounds[rank + 1] - bounds[rank])
-        start, groups, spans = at, 0, 0
-        rows: list[tuple[int, ...]] = []
-        tensors: list[int] = []
-        while left:
-            take = min(left, spans_of[tensor] - done)
-            if take:
-                numel = min(numels[tensor], (done + take) * span) - done * span
-                rows.append((at - start, numel, groups, spans, done))
-                tensors.append(tensor)
-                groups += (take - 1) * (span // 8) + -(-(numel - (take - 1) * span) // 8)
-                spans += take
-                at += numel
-                done += take
-                left -= take
-            if done == spans_of[tensor]:
-                tensor, done = tensor + 1, 0
-        result.append(Shard(start, at, _table(rows), np.array(tensors, dtype=np.int64), groups, spans))
-    assert at == sum(numels), (at, numels)
-    return result
+    A tensor's spans are dealt out evenly; those that are left over go to the parts whose turn it is, so that small
+    tensors do not all fall to the first one.
+    """
+
+    def __init__(self, numels: Sequence[int], span: int, parts: int, rows: Sequence[int] | None = None) -> None:
+        self.numels, self.span, self.parts = tuple(numels), span, parts
+        self.rows = tuple(rows) if rows is not None else (0,) * len(self.numels)
+        self._bounds = np.zeros((len(self.numels), parts + 1), dtype=np.int64)
+        turn = 0
+        for tensor, numel in enumerate(self.numels):
+            each, left = divmod(-(-numel // span), parts)
+            sizes = np.full(parts, each)
+            sizes[(turn + np.arange(left)) % parts] += 1
+            turn = (turn + left) % parts
+            self._bounds[tensor, 1:] = np.cumsum(sizes)
+
+    def shard(self, tensors: Sequence[int], starts: Sequence[int], first: int, stop: int | None = None) -> Shard:
+        """What the parts first..stop (default: `first` alone) own of some tensors.
+
+        Args:
+            tensors: indices in the model.
+            starts: where each of them begins in the flat buffer.
+            first, stop: parts.
+        """
+        stop = first + 1 if stop is None else stop
+        rows: list[tuple[int, int, int, int, int]] = []
+        at: list[int] = []
+        groups = spans = elements = 0
+        for position, (tensor, start) in enumerate(zip(tensors, starts, strict=True)):
+            low, high = int(self._bounds[tensor, first]), int(self._bounds[tensor, stop])
+            if low == high:
+                continue
+            numel = min(self.numels[tensor], high * self.span) - low * self.span
+            rows.append((start + low * self.span, numel, groups, spans, low))
+            at.append(position)
+            count = high - low
+            groups += (count - 1) * (self.span // 8) + -(-(numel - (count - 1) * self.span) // 8)
+            spans += count
+            elements += numel
+        return Shard(
+            np.array(rows, dtype=np.int64).reshape(len(rows), 5),
+            np.array(at, dtype=np.int64),
+            np.array([self.rows[tensors[position]] for position in at], dtype=np.int64),
+            elements,
+            groups,
+            spans,
+        )
+
+
+def single(numel: int, span: int, row: int = 0) -> Shard:
+    """One tensor of `numel` elements, whole; `row` elements a row, 0 for a vector."""
+    return Cut([numel], span, 1, [row]).shard([0], [0], 0)
 
 
 def joined(parts: Sequence[Shard]) -> Shard:
-    """One table over all shards, counted from the beginning of the bucket; each shard stays one run of bytes."""
+    """Several shards of one buffer as one; each stays one run of bytes."""
     rows: list[np.ndarray] = []
     groups = spans = 0
     for part in parts:
-        rows.append(part.table + np.array([part.start, 0, groups, spans, 0], dtype=np.int64))
+        rows.append(part.table + np.array([0, 0, groups, spans, 0], dtype=np.int64))
         groups, spans = groups + part.groups, spans + part.spans
     return Shard(
-        parts[0].start,
-        parts[-1].stop,
         np.ascontiguousarray(np.concatenate(rows)),
         np.concatenate([part.tensors for part in parts]),
+        np.concatenate([part.rows for part in parts]),
+        sum(part.numel for part in parts),
         groups,
         spans,
     )
