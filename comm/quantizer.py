@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,7 +18,9 @@ from . import reference
 from .config import default_block
 from .layout import Shard, single
 
-BITS = (2, 3, 4, 8)
+BITS = (1, 2, 3, 4, 5, 6, 7, 8)
+ROUNDINGS = ("stochastic", "nearest")
+SIGMAS = ("block", "row", "tensor")
 
 
 @dataclass(frozen=True)
@@ -25,9 +28,13 @@ class Quantizer:
     """Turns tensors into `bits`-bit codes and back.
 
     Args:
-        bits: bits an element, 2 (ternary), 3, 4 or 8.
-        clip: magnitudes are clipped to this many standard deviations of their block; 0 does not clip.
-        block: elements that share a scale, a multiple of 8; 0 takes 128, or 256 at 2 bits.
+        bits: bits an element, 1 to 8. 1 is the sign, scaled by the mean magnitude of its block: biased, so it needs
+            error feedback. 2 is ternary.
+        clip: magnitudes are clipped to this many standard deviations; 0 does not clip. 1 bit has no clip.
+        block: elements that share a scale, a multiple of 8; 0 takes 128, or more at few bits.
+        rounding: "stochastic" is unbiased, "nearest" has the smaller error, and a bias that error feedback mends.
+        sigma: what the standard deviation is of: "block", "row" (of the tensor, the one that the block begins in;
+            a vector counts as one row) or "tensor". Of a row or a tensor, the part that is in the same call counts.
 
     Raises:
         ValueError: a setting is none of these.
@@ -38,14 +45,20 @@ class Quantizer:
     bits: int = 3
     clip: float = 3.0
     block: int = 0
+    rounding: Literal["stochastic", "nearest"] = "stochastic"
+    sigma: Literal["block", "row", "tensor"] = "block"
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
-            raise ValueError(f"bits: must be 2, 3, 4 or 8, is {self.bits}")
+            raise ValueError(f"bits: must be 1 to 8, is {self.bits}")
         if not 0 <= self.clip < float("inf"):
             raise ValueError(f"clip: must be finite and at least 0 (0: no clip), is {self.clip}")
         if self.block < 0 or self.block % 8:
             raise ValueError(f"block: must be a multiple of 8, or 0 for the default, is {self.block}")
+        if self.rounding not in ROUNDINGS:
+            raise ValueError(f"rounding: must be one of {', '.join(ROUNDINGS)}, is {self.rounding}")
+        if self.sigma not in SIGMAS:
+            raise ValueError(f"sigma: must be one of {', '.join(SIGMAS)}, is {self.sigma}")
         if self.block == 0:
             object.__setattr__(self, "block", default_block(self.bits))
 
@@ -94,17 +107,72 @@ class Quantizer:
         return out
 
     def encode_shard(self, x: Tensor, part: Shard, keys: np.ndarray, out: Tensor) -> None:
-        """Quantizes x [part's elements] with a key a segment (uint32 [segments, 2]) into out [part's bytes or more]."""
+        """Quantizes the part's elements of x with a key a segment (uint32 [segments, 2]) into out.
+
+        Args:
+            x: flat, floating point; the part's table says where in it the segments are.
+            part: whole spans of tensors.
+            keys: of `reference.key_words`.
+            out: uint8 [part's bytes or more].
+        """
+        self._encode(x, None, part, keys, out)
+
+    def encode_feedback(self, x: Tensor, residual: Tensor, part: Shard, keys: np.ndarray, out: Tensor) -> None:
+        """As `encode_shard`, of v = x + residual; leaves v - decoded(v) in residual, in one pass over memory.
+
+        Args:
+            x, part, keys, out: as there; x is only read.
+            residual: fp32, laid out as x. Elements that are not of the part keep their values. Where a span of v is not
+                finite the residual becomes NaN: the caller clears it.
+        """
+        assert residual.dtype == torch.float32, residual.dtype
+        assert residual.is_contiguous(), residual.stride()
+        assert residual.numel() == x.numel(), (residual.shape, x.shape)
+        self._encode(x, residual.view(-1), part, keys, out)
+
+    def _encode(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        part: Shard,
+        keys: np.ndarray,
+        out: Tensor,
+    ) -> None:
         assert x.numel() >= part.numel, x.shape
         assert out.numel() >= part.size(self.bits), out.shape
         assert keys.shape == (len(part.table), 2), keys.shape
-        x = x.to(torch.float32).contiguous()
-        if x.device.type == "cpu":
+        x = x.to(torch.float32).contiguous().view(-1)
+        if (
+            x.device.type == "cpu"
+            and self.rounding == "stochastic"
+            and self.sigma == "block"
+            and self.bits in (2, 3, 4, 8)
+        ):
             from . import kernels
 
+            if residual is not None:
+                for start, numel, *_ in part.table.tolist():
+                    residual[start : start + numel] += x[start : start + numel]
+                x = residual
             kernels.encode_table(x.numpy(), part.table, keys, out.numpy(), self.span, self.bits, self.clip)
-        else:
-            reference.encode_table(x, part.table, keys, out, self.span, self.bits, self.clip)
+            if residual is not None:
+                self.decode_shard(out, part, residual, factor=-1.0, add=True)
+            return
+        limits = None
+        if self.sigma != "block" and self.clip > 0 and self.bits > 1:
+            limits = reference.limits(x, part, self.span, self.clip, self.sigma == "row", residual)
+        reference.encode_table(
+            x,
+            part.table,
+            keys,
+            out,
+            self.span,
+            self.bits,
+            self.clip,
+            nearest=self.rounding == "nearest",
+            limits=limits,
+            residual=residual,
+        )
 
     def decode_shard(
         self, payload: Tensor, part: Shard, out: Tensor, *, factor: float = 1.0, add: bool = False
@@ -113,7 +181,7 @@ class Quantizer:
         assert out.numel() >= part.numel, out.shape
         assert payload.numel() >= part.size(self.bits), payload.shape
         assert out.dtype == torch.float32, out.dtype
-        if out.device.type == "cpu":
+        if out.device.type == "cpu" and self.bits > 1:
             from . import kernels
 
             kernels.decode_table(payload.numpy(), part.table, out.numpy(), self.span, self.bits, factor, add)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tenko.comm import Quantizer, reference
+from tenko.comm import Quantizer, layout, reference
 
 LENGTHS = st.one_of(st.sampled_from([0, 1, 7, 8, 9, 1023, 1024, 1025]), st.integers(0, 4000))
 BITS = st.sampled_from([2, 3, 4, 8])
@@ -129,6 +129,45 @@ def test_same_key_same_codes_other_key_other_codes() -> None:
         assert (one != quantizer.encode(x, other)).float().mean() > 0.2, other
 
 
+@settings(max_examples=150, deadline=None)
+@given(
+    LENGTHS,
+    st.integers(1, 8),
+    st.sampled_from(["stochastic", "nearest"]),
+    st.sampled_from(["block", "row", "tensor"]),
+    st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    st.sampled_from([8, 64, 128]),
+    st.integers(0, 2**32),
+)
+def test_feedback_leaves_what_the_codes_miss(
+    numel: int, bits: int, rounding: str, sigma: str, dtype: torch.dtype, block: int, seed: int
+) -> None:
+    """Bit for bit what adding, encoding and subtracting the decoded codes leave; elements outside stay untouched."""
+    quantizer = Quantizer(bits=bits, rounding=rounding, sigma=sigma, block=block)  # type: ignore[arg-type]
+    cut = layout.Cut([numel, 300], quantizer.span, 2, [60, 0])
+    part = cut.shard([0, 1], [5, 5 + numel], 0)
+    keys = reference.key_words((seed,), part.tensors)
+    x, residual = gaussian(numel + 320, seed).to(dtype), gaussian(numel + 320, seed + 1)
+    inside = torch.zeros(numel + 320, dtype=torch.bool)
+    for start, count, *_ in part.table.tolist():
+        inside[start : start + count] = True
+    if numel > 2000:
+        x[inside.nonzero()[100]] = float("inf")
+
+    total = residual + x.float()
+    expected, wanted = total.clone(), torch.zeros(part.size(bits), dtype=torch.uint8)
+    quantizer.encode_shard(total, part, keys, wanted)
+    quantizer.decode_shard(wanted, part, expected, factor=-1.0, add=True)
+    codes, left, kept = torch.zeros_like(wanted), residual.clone(), x.clone()
+    quantizer.encode_feedback(x, left, part, keys, codes)
+    assert torch.equal(codes, wanted)
+    assert torch.equal(left[~inside], residual[~inside])
+    torch.testing.assert_close(left[inside], expected[inside], rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(x, kept, rtol=0, atol=0, equal_nan=True)
+    if numel > 2000:
+        assert left[inside.nonzero()[100]].isnan()
+
+
 @pytest.mark.parametrize(("bits", "at_most"), [(2, 1.03), (3, 1.03), (4, 1.03), (8, 1.03)])
 def test_bytes_are_near_the_bits(bits: int, at_most: float) -> None:
     numel = 1_000_003
@@ -155,7 +194,10 @@ def test_overflow_is_not_clamped_away() -> None:
 @pytest.mark.parametrize(
     ("settings_", "words"),
     [
-        ({"bits": 5}, "bits: must be 2, 3, 4 or 8, is 5"),
+        ({"bits": 0}, "bits: must be 1 to 8, is 0"),
+        ({"bits": 9}, "bits: must be 1 to 8, is 9"),
+        ({"rounding": "up"}, "rounding: must be one of stochastic, nearest, is up"),
+        ({"sigma": "bucket"}, "sigma: must be one of block, row, tensor, is bucket"),
         ({"clip": -1.0}, "clip: .*is -1.0"),
         ({"clip": float("nan")}, "clip: .*is nan"),
         ({"block": 12}, "block: must be a multiple of 8, or 0 for the default, is 12"),
