@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import CommConfig
-    from .hook import AllReduce, QuantizedAllReduce, make_route
+    from .hook import AllReduce, HalfAllReduce, QuantizedAllReduce
+    from .make import make_route
     from .meter import WireMeter
     from .quantizer import Quantizer
     from .route import Route, register
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AllReduce",
     "CommConfig",
+    "HalfAllReduce",
     "QuantizedAllReduce",
     "Quantizer",
     "Route",
@@ -33,11 +35,12 @@ __all__ = [
 _HOME = {
     "AllReduce": "hook",
     "CommConfig": "config",
+    "HalfAllReduce": "hook",
     "QuantizedAllReduce": "hook",
     "Quantizer": "quantizer",
     "Route": "route",
     "WireMeter": "meter",
-    "make_route": "hook",
+    "make_route": "make",
     "register": "route",
 }
 

@@ -45,6 +45,14 @@ class ErrorFeedback:
         for flat in self._flats.values():
             flat.zero_()
 
+    def clear_unless(self, finite: Tensor) -> None:
+        """`clear` where `finite` [] is false; on a GPU without waiting for its value."""
+        if finite.device.type != "cpu":
+            for flat in self._flats.values():
+                flat.masked_fill_(~finite, 0)
+        elif not finite:
+            self.clear()
+
     def state_dict(self) -> dict[str, Tensor]:
         """Residuals by the parameter's index in the model."""
         return {str(index): piece.detach().cpu().clone() for index, piece in self._pieces.items()}

@@ -1,42 +1,261 @@
-"""The routes: quantized all-reduce, and plain fp32 all-reduce to compare it with.
+"""The routes over lanes: quantized all-reduce, fp16, and the split; and plain fp32 all-reduce to compare them with.
 
-Randomness is keyed by (seed, step, tensor, rank) and a tensor's blocks, never by bucket: DDP rebuilds its
-buckets after the first update, and a resumed run, whose buckets are the first ones again, must still round as
-the uncut run did.
+Randomness is keyed by (seed, step, tensor, rank) and a tensor's blocks, never by bucket: DDP rebuilds its buckets after
+the first update, and a resumed run, whose buckets are the first ones again, must still round as the uncut run did.
 """
 
 # No `from __future__ import annotations`: see route.py.
 
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from .collectives import BucketPlan, mean_in_place
-from .config import CommConfig, default_block
+from .config import default_block
+from .exchanger import Exchanger, StreamExchanger, ThreadExchanger
 from .feedback import ErrorFeedback
+from .lanes import Bucket, Context, Lane, PlainLane, Portion, QuantizedLane
+from .link import Exchange, GroupLink, Link
 from .quantizer import Quantizer
 from .route import Route
-from .worker import Worker
+
+TAGS = 8
+"""Tags of the link that one exchange may use."""
 
 
-class QuantizedAllReduce(Route):
-    """Quantized gradients up to the owners of shards, quantized means down: tells DDP the mean over all ranks.
+@dataclass
+class _Gradient:
+    """The exchange of one whole gradient, bucket by bucket."""
 
-    On a CPU (gloo) buckets are exchanged by one thread, over a process group of the hook's own, while backward goes on.
-    On CUDA (NCCL) the same algorithm runs on the current stream, in torch operations. The arithmetic of those is
-    tested; the exchange over NCCL has not been run on several GPUs, as there were none at hand.
+    step: int
+    started: int = 0
+    ended: int = 0
+    finite: list[Tensor] = field(default_factory=list)
+    """Of every exchange that has ended: whether its values are finite."""
+    calls: list[Callable[[], None]] = field(default_factory=list)
+    received: dict[int, Tensor] = field(default_factory=dict)
+
+    # A handle (see link.py) of all exchanges but the one that waits for it: they run on the same thread.
+
+    def wait(self) -> None:
+        assert self.ended == self.started, "exchanges that run in order have ended by now"
+
+    def then(self, call: Callable[[], None]) -> None:
+        if self.ended == self.started:
+            call()
+        else:
+            self.calls.append(call)
+
+    def check(self) -> None:
+        """Never fails by itself."""
+
+    def end(self, finite: Tensor) -> None:
+        """One more has ended."""
+        self.ended += 1
+        self.finite.append(finite)
+        if self.ended == self.started:  # final, once somebody waits
+            calls, self.calls = self.calls, []
+            for call in calls:
+                call()
+
+
+class LaneRoute(Route):
+    """A route that gives each tensor of a bucket to a lane.
+
+    On a CPU (gloo) exchanges run on threads of their own, over sockets between all ranks, while backward goes on. On
+    CUDA (NCCL) the same algorithms run in torch operations on a stream of their own. The arithmetic of those is tested;
+    they have not been run over NCCL on several GPUs, as there were none at hand.
 
     Args:
-        bits: bits an element on the way up, 2, 3, 4 or 8.
-        bits_down: bits an element on the way down. More than up costs little: the second rounding hits the mean.
-        clip: clip to so many standard deviations of a block, on both legs; 0 does not clip.
-        block: elements that share a scale and a sigma, a multiple of 8; 0 takes 128, or 256 where a leg has 2 bits.
+        lanes: by the names that `_assign` gives.
+        seed: of the stochastic rounding; must be the same on all ranks.
+        error_feedback: whether residuals are kept.
+        levels: "node": two levels, for lanes that know nodes.
+        timeout: seconds to wait for a rank before giving it up.
+    """
+
+    def __init__(
+        self,
+        lanes: dict[str, Lane],
+        *,
+        seed: int = 0,
+        error_feedback: bool = False,
+        levels: Literal["flat", "node"] = "flat",
+        timeout: float = 1800.0,
+    ) -> None:
+        super().__init__()
+        self.lanes, self.seed, self.levels, self.timeout = lanes, seed, levels, timeout
+        self._feedback = ErrorFeedback() if error_feedback else None
+        self._link: Link | None = None
+        self._exchanger: Exchanger | None = None
+        self._portions: dict[tuple[int, ...], list[tuple[Lane, Portion]]] = {}
+        self._gradient: _Gradient | None = None
+        self._tag = 0
+
+    # Putting it on a model
+
+    def bind(self, model: DistributedDataParallel) -> None:
+        super().bind(model)
+        named = list(model.named_parameters())
+        self._names = [name.removeprefix("module.") for name, _ in named]
+        self._shapes = [parameter.shape for _, parameter in named]
+        self._trains = [parameter.requires_grad for _, parameter in named]
+        self._lane_of = self._assign()
+        if self.world_size == 1:
+            return
+        device = model.device if model.device.type != "cpu" else torch.device("cpu")
+        nodes: list[list[int]] = []
+        if self.levels == "node":
+            from .nodes import find_nodes
+
+            nodes = find_nodes(self.group, device)
+        self._connect(device)
+        assert self._link is not None
+        context = Context(self._link, device, self._shapes, self.seed, self.meter, self._feedback, nodes)
+        for lane in self.lanes.values():
+            lane.bind(context)
+
+    def _connect(self, device: torch.device) -> None:
+        if device.type == "cpu":
+            from . import kernels  # noqa: F401  (compiled or loaded here, before the first exchange)
+            from .mesh import Mesh
+
+            self._link = Mesh(self.group, self.timeout)
+            self._exchanger = ThreadExchanger(self.timeout)
+        else:
+            # NCCL's sends and receives must not mix with DDP's own collectives in one communicator.
+            ranks = dist.get_process_group_ranks(self.group)
+            everybody = len(ranks) == dist.get_world_size()
+            self._own_group = dist.new_group(ranks, use_local_synchronization=not everybody)
+            self._link = GroupLink(self._own_group, device)
+            self._exchanger = StreamExchanger(device)
+
+    def _assign(self) -> list[str]:
+        """The lane of every tensor of the model, by name."""
+        (only,) = self.lanes
+        return [only] * len(self._names)
+
+    # One bucket
+
+    def _exchange(self, buffer: Tensor, bucket: dist.GradBucket, step: int) -> torch.futures.Future[Tensor]:
+        assert self._exchanger is not None
+        if self._gradient is None:
+            self._gradient = _Gradient(step)
+        gradient = self._gradient
+        self.meter.instead(buffer.numel(), self.world_size)
+        work = buffer if buffer.dtype == torch.float32 else buffer.float()
+        exchanges: list[Exchange] = []
+        for lane, portion in self._plan(bucket, buffer):
+            gradient.started += 1
+            exchanges.append(self._tracked(lane, work, portion, gradient, self._next_tag()))
+        if bucket.is_last():
+            exchanges.append(self._after(gradient, work))
+            self._gradient = None
+
+        def finish() -> Tensor:
+            if work is not buffer:
+                buffer.copy_(work)
+            return buffer
+
+        return self._exchanger.submit(exchanges, finish)
+
+    def _next_tag(self) -> int:
+        self._tag += TAGS
+        return self._tag
+
+    def _tracked(self, lane: Lane, work: Tensor, portion: Portion, gradient: _Gradient, tag: int) -> Exchange:
+        yield from lane.exchange(work, portion, gradient.step, tag)
+        gradient.end(lane.finite(work, portion))
+
+    def _after(self, gradient: _Gradient, last: Tensor) -> Exchange:
+        """Runs once the whole gradient has been exchanged; `last` is the buffer of the last bucket."""
+        yield gradient
+        yield from self._whole(gradient, last)
+
+    def _whole(self, gradient: _Gradient, last: Tensor) -> Exchange:
+        """What a route does with a whole gradient: forget the residuals if it is not finite, as its update is skipped."""
+        if self._feedback is not None and gradient.finite:
+            self._feedback.clear_unless(torch.stack(gradient.finite).all())
+        return
+        yield
+
+    def _plan(self, bucket: dist.GradBucket, buffer: Tensor) -> list[tuple[Lane, Portion]]:
+        parameters = bucket.parameters()
+        tensors = tuple(self._index[id(parameter)] for parameter in parameters)
+        if tensors not in self._portions:
+            known = Bucket(tensors, tuple(parameter.numel() for parameter in parameters))
+            assert sum(known.numels) == buffer.numel(), (known.numels, buffer.shape)
+            plan: list[tuple[Lane, Portion]] = []
+            for name, lane in self.lanes.items():
+                mine = [tensor for tensor in tensors if self._lane_of[tensor] == name]
+                plan += [(lane, portion) for portion in lane.portions(known, mine)]
+            self._portions[tensors] = plan
+        return self._portions[tensors]
+
+    # State
+
+    def state_dict(self) -> dict[str, Any]:
+        feedback = None if self._feedback is None else self._feedback.state_dict()
+        return {**super().state_dict(), "seed": self.seed, "feedback": feedback}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if "seed" not in state:
+            raise ValueError(f"comm.seed: missing in the saved state; it has {', '.join(sorted(state))}")
+        super().load_state_dict(state)
+        self.seed = int(state["seed"])
+        for lane in self.lanes.values():
+            if hasattr(lane, "context"):
+                lane.context.seed = self.seed
+        if self._feedback is not None and state.get("feedback") is not None:
+            self._feedback.load_state_dict(state["feedback"])
+
+    def close(self) -> None:
+        if self._exchanger is not None:
+            self._exchanger.close()
+            self._exchanger = None
+        if self._link is not None:
+            self._link.close()
+            self._link = None
+
+
+def quantizers(
+    bits: int,
+    bits_down: int,
+    clip: float,
+    block: int,
+    sigma: Literal["block", "row", "tensor"],
+    rounding: Literal["stochastic", "nearest"],
+) -> tuple[Quantizer, Quantizer]:
+    """The quantizers of the two legs. Raises ValueError, which names `bits_down` where that is wrong."""
+    block = block or default_block(bits, bits_down)
+    up = Quantizer(bits, clip, block, rounding, sigma)
+    try:
+        # The mean of a shard is at hand in part only: a row or a tensor would not be whole.
+        return up, Quantizer(bits_down, clip, block, rounding)
+    except ValueError as error:
+        raise ValueError(str(error).replace("bits:", "bits_down:")) from None
+
+
+class QuantizedAllReduce(LaneRoute):
+    """Quantized gradients up to the owners of shards, quantized means down: tells DDP the mean over all ranks.
+
+    Args:
+        bits: bits an element on the way up, 1 to 8.
+        bits_down: bits an element on the way down, 2 to 8. More than up costs little: the second rounding hits the mean.
+        clip: clip to so many standard deviations, on both legs; 0 does not clip.
+        block: elements that share a scale, a multiple of 8; 0 takes 128, 256 at 2 bits, 512 at 1 bit.
         error_feedback: add to a gradient what quantization left out of the one before (4 bytes a parameter, saved by
             `state_dict`). It is dropped when a gradient is not finite.
+        sigma: on the way up, take the standard deviation over a "block", a "row" or a "tensor".
+        rounding: "stochastic" or "nearest".
+        shared_scale: all ranks round to the same scales, so that the owner's sum is one of integers.
+        levels: "flat"; "node" adds up in full precision inside a node, and quantizes between nodes.
         seed: of the stochastic rounding; must be the same on all ranks.
+        timeout: seconds to wait for a rank before giving it up.
 
     Raises:
         ValueError: a setting is none of these.
@@ -52,97 +271,40 @@ class QuantizedAllReduce(Route):
         block: int = 0,
         *,
         error_feedback: bool = True,
+        sigma: Literal["block", "row", "tensor"] = "block",
+        rounding: Literal["stochastic", "nearest"] = "stochastic",
+        shared_scale: bool = False,
+        levels: Literal["flat", "node"] = "flat",
         seed: int = 0,
+        timeout: float = 1800.0,
     ) -> None:
-        super().__init__()
-        self._feedback = ErrorFeedback() if error_feedback else None
-        self._finite = True
-        block = block or default_block(bits, bits_down)
-        self.up = Quantizer(bits=bits, clip=clip, block=block)
-        try:
-            self.down = Quantizer(bits=bits_down, clip=clip, block=block)
-        except ValueError as error:
-            raise ValueError(str(error).replace("bits:", "bits_down:")) from None
-        self.seed = seed
-        self._plans: dict[tuple[int, ...], BucketPlan] = {}
-        self._worker: Worker | None = None
-        self._own_group: dist.ProcessGroup | None = None
+        if levels not in ("flat", "node"):
+            raise ValueError(f"levels: must be flat or node, is {levels}")
+        if bits == 1 and not error_feedback:
+            raise ValueError("bits: 1 is a sign, whose error must be fed back; set error_feedback=True")
+        up, down = quantizers(bits, bits_down, clip, block, sigma, rounding)
+        self.up, self.down = up, down
+        lane: Lane
+        if shared_scale:
+            if levels == "node":
+                raise ValueError("shared_scale: not together with levels: node")
+            from .shared_lane import SharedScaleLane
 
-    def bind(self, model: DistributedDataParallel) -> None:
-        super().bind(model)
-        if self.world_size > 1 and model.device.type == "cpu":
-            from . import kernels  # noqa: F401  (compiled or loaded here, before the first exchange)
+            lane = SharedScaleLane(up, down)
+        elif levels == "node":
+            from .nodes import NodesLane
 
-            # The hook's thread and the caller's must not mix their collectives in one group.
-            ranks = dist.get_process_group_ranks(self.group)
-            everybody = len(ranks) == dist.get_world_size()
-            self._own_group = dist.new_group(ranks, backend="gloo", use_local_synchronization=not everybody)
-            self._worker = Worker("tenko-exchange")
+            lane = NodesLane(up, down)
+        else:
+            lane = QuantizedLane(up, down)
+        super().__init__({"all_reduce": lane}, seed=seed, error_feedback=error_feedback, levels=levels, timeout=timeout)
 
-    def _exchange(self, buffer: Tensor, bucket: dist.GradBucket, step: int) -> torch.futures.Future[Tensor]:
-        plan, last = self._plan(bucket, buffer), bucket.is_last()
-        if self._worker is not None:
 
-            def job() -> Tensor:
-                self._mean(buffer, plan, step, self._own_group)
-                self._forget_after_overflow(buffer, last)
-                return buffer
+class HalfAllReduce(LaneRoute):
+    """fp16 (or bf16) numbers both ways, added up in fp32."""
 
-            return self._worker.submit(job)
-        residual = self._mean(buffer, plan, step, self.group)
-        if residual is not None:  # no look at the values here: it would wait for the device
-            residual.masked_fill_(~torch.isfinite(buffer.sum()), 0)
-        done: torch.futures.Future[Tensor] = torch.futures.Future(devices=[buffer.device])
-        done.set_result(buffer)
-        return done
-
-    def _mean(self, buffer: Tensor, plan: BucketPlan, step: int, group: dist.ProcessGroup | None) -> Tensor | None:
-        residual = None
-        if self._feedback is not None:
-            residual = self._feedback.flat(plan.tensors, plan.numels, buffer.device)
-        mean_in_place(buffer, plan, seed=self.seed, step=step, group=group, meter=self.meter, residual=residual)
-        return residual
-
-    def _forget_after_overflow(self, buffer: Tensor, last: bool) -> None:
-        """Drop all residuals if any bucket of this gradient was not finite: its update will be skipped."""
-        if self._feedback is None:
-            return
-        self._finite = self._finite and bool(torch.isfinite(buffer.sum()))
-        if last:
-            if not self._finite:
-                self._feedback.clear()
-            self._finite = True
-
-    def _plan(self, bucket: dist.GradBucket, buffer: Tensor) -> BucketPlan:
-        parameters = bucket.parameters()
-        tensors = tuple(self._index[id(parameter)] for parameter in parameters)
-        if tensors not in self._plans:
-            numels = tuple(parameter.numel() for parameter in parameters)
-            assert sum(numels) == buffer.numel(), (numels, buffer.shape)
-            self._plans[tensors] = BucketPlan(
-                tensors, numels, self.rank, self.world_size, self.up, self.down, buffer.device
-            )
-        return self._plans[tensors]
-
-    def state_dict(self) -> dict[str, Any]:
-        feedback = None if self._feedback is None else self._feedback.state_dict()
-        return {**super().state_dict(), "seed": self.seed, "feedback": feedback}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if "seed" not in state:
-            raise ValueError(f"comm.seed: missing in the saved state; it has {', '.join(sorted(state))}")
-        super().load_state_dict(state)
-        self.seed = int(state["seed"])
-        if self._feedback is not None and state.get("feedback") is not None:
-            self._feedback.load_state_dict(state["feedback"])
-
-    def close(self) -> None:
-        if self._worker is not None:
-            self._worker.close()
-            self._worker = None
-        if self._own_group is not None and dist.is_initialized():
-            dist.destroy_process_group(self._own_group)
-        self._own_group = None
+    def __init__(self, dtype: torch.dtype = torch.float16, *, timeout: float = 1800.0) -> None:
+        super().__init__({"fp16": PlainLane(dtype)}, timeout=timeout)
 
 
 class AllReduce(Route):
@@ -151,16 +313,8 @@ class AllReduce(Route):
     def _exchange(self, buffer: Tensor, bucket: dist.GradBucket, step: int) -> torch.futures.Future[Tensor]:
         n = self.world_size
         leg = buffer.numel() * buffer.element_size() * (n - 1) // n  # of a ring; half of it reduces, half gathers
-        self.meter.count(up=leg, down=leg, numel=buffer.numel(), world_size=n)
+        self.meter.add(up=leg, down=leg)
+        self.meter.instead(buffer.numel(), n)
         buffer.div_(n)  # before the sum, as DDP does: fp16 overflows later
         work = dist.all_reduce(buffer, group=self.group, async_op=True)
         return work.get_future().then(lambda finished: finished.value()[0])
-
-
-def make_route(config: CommConfig, seed: int) -> Route:
-    """The route that a recipe's `comm:` asks for."""
-    if config.route == "fp32":
-        return AllReduce()
-    return QuantizedAllReduce(
-        config.bits, config.bits_down, config.clip, config.block, error_feedback=config.error_feedback, seed=seed
-    )

@@ -45,6 +45,20 @@ class Shard:
         return Shard(table, self.tensors, self.rows, self.numel, self.groups, self.spans)
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Some spans of one tensor: what travels together where a tensor is too large to travel whole."""
+
+    tensor: int
+    """Index in the model."""
+    number: int
+    """Of the tensor's pieces."""
+    start: int
+    """First element, counted in the tensor."""
+    numel: int
+    """Elements."""
+
+
 class Cut:
     """Every tensor of a model cut into `parts` runs of whole spans, the same number of bytes for each part.
 
@@ -53,50 +67,73 @@ class Cut:
         span: elements of a span, 8 times a block.
         parts: how many owners there are.
         rows: elements of a row of every tensor, 0 for those with fewer than two dimensions; default all 0.
+        piece: larger tensors are dealt out in pieces of about so many elements, one after the other; 0 keeps them whole.
 
-    A tensor's spans are dealt out evenly; those that are left over go to the parts whose turn it is, so that small
-    tensors do not all fall to the first one.
+    Spans are dealt out evenly; those that are left over go to the parts whose turn it is, so that small tensors do not
+    all fall to the first one.
     """
 
-    def __init__(self, numels: Sequence[int], span: int, parts: int, rows: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, numels: Sequence[int], span: int, parts: int, rows: Sequence[int] | None = None, piece: int = 0
+    ) -> None:
         self.numels, self.span, self.parts = tuple(numels), span, parts
         self.rows = tuple(rows) if rows is not None else (0,) * len(self.numels)
-        self._bounds = np.zeros((len(self.numels), parts + 1), dtype=np.int64)
+        self._pieces: list[list[Piece]] = []
+        self._bounds: list[np.ndarray] = []  # of every tensor [pieces, parts + 1], in spans of the tensor
         turn = 0
         for tensor, numel in enumerate(self.numels):
-            each, left = divmod(-(-numel // span), parts)
-            sizes = np.full(parts, each)
-            sizes[(turn + np.arange(left)) % parts] += 1
-            turn = (turn + left) % parts
-            self._bounds[tensor, 1:] = np.cumsum(sizes)
+            spans = -(-numel // span)
+            most = max(piece // span, 1) if piece else max(spans, 1)
+            pieces: list[Piece] = []
+            bounds: list[np.ndarray] = []
+            for number, first in enumerate(range(0, spans, most)):
+                count = min(most, spans - first)
+                start = first * span
+                pieces.append(Piece(tensor, number, start, min(numel, start + count * span) - start))
+                each, left = divmod(count, parts)
+                sizes = np.full(parts, each)
+                sizes[(turn + np.arange(left)) % parts] += 1
+                turn = (turn + left) % parts
+                bounds.append(first + np.append(0, np.cumsum(sizes)))
+            self._pieces.append(pieces)
+            self._bounds.append(np.array(bounds, dtype=np.int64).reshape(len(bounds), parts + 1))
 
-    def shard(self, tensors: Sequence[int], starts: Sequence[int], first: int, stop: int | None = None) -> Shard:
-        """What the parts first..stop (default: `first` alone) own of some tensors.
+    def pieces(self, tensor: int) -> list[Piece]:
+        """The pieces of a tensor; none of one without elements."""
+        return self._pieces[tensor]
+
+    def shard(
+        self, tensors: Sequence[int | Piece], starts: Sequence[int], first: int, stop: int | None = None
+    ) -> Shard:
+        """What the parts first..stop (default: `first` alone) own of some tensors or pieces.
 
         Args:
-            tensors: indices in the model.
-            starts: where each of them begins in the flat buffer.
+            tensors: indices in the model, or pieces.
+            starts: where each of them (the tensor, not the piece) begins in the flat buffer.
             first, stop: parts.
         """
         stop = first + 1 if stop is None else stop
         rows: list[tuple[int, int, int, int, int]] = []
         at: list[int] = []
+        row_of: list[int] = []
         groups = spans = elements = 0
-        for position, (tensor, start) in enumerate(zip(tensors, starts, strict=True)):
-            low, high = int(self._bounds[tensor, first]), int(self._bounds[tensor, stop])
-            if low == high:
-                continue
-            numel = min(self.numels[tensor], high * self.span) - low * self.span
-            rows.append((start + low * self.span, numel, groups, spans, low))
-            at.append(position)
-            count = high - low
-            groups += (count - 1) * (self.span // 8) + -(-(numel - (count - 1) * self.span) // 8)
-            spans += count
-            elements += numel
+        for position, (item, start) in enumerate(zip(tensors, starts, strict=True)):
+            for piece in [item] if isinstance(item, Piece) else self._pieces[item]:
+                low, high = (int(self._bounds[piece.tensor][piece.number, part]) for part in (first, stop))
+                if low == high:
+                    continue
+                numel = min(self.numels[piece.tensor], high * self.span) - low * self.span
+                rows.append((start + low * self.span, numel, groups, spans, low))
+                at.append(position)
+                row_of.append(self.rows[piece.tensor])
+                count = high - low
+                groups += (count - 1) * (self.span // 8) + -(-(numel - (count - 1) * self.span) // 8)
+                spans += count
+                elements += numel
         return Shard(
             np.array(rows, dtype=np.int64).reshape(len(rows), 5),
             np.array(at, dtype=np.int64),
-            np.array([self.rows[tensors[position]] for position in at], dtype=np.int64),
+            np.array(row_of, dtype=np.int64),
             elements,
             groups,
             spans,

@@ -1,0 +1,417 @@
+"""Plain TCP sockets between all ranks of a group, both directions busy at once: the link on CPUs.
+
+gloo's exchanges often run half-duplex (docs/results/gloo_duplex.md), which alone doubles the time of an exchange. Here
+one thread a rank waits on all sockets and moves whatever can be moved, in and out; arithmetic goes on meanwhile on other
+threads. Nothing that comes in is interpreted beyond a header of two integers.
+
+The listener is bound to one address, the one that reaches the master (`MASTER_ADDR`), so loopback for a job on one
+machine; `TENKO_ADDRESS` or GLOO_SOCKET_IFNAME's interface decide otherwise. It takes only peers that know a token,
+drawn by rank 0 and handed out through the process group, and is closed as soon as all peers are there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import secrets
+import select
+import socket
+import struct
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_HEADER = struct.Struct("<QQ")  # tag, bytes
+_HELLO = struct.Struct("<16sI")  # token, rank
+_TURN = 1 << 20  # bytes moved for one peer before the next one has its turn
+_CONNECT_SECONDS = 60.0
+
+
+class MeshHandle:
+    """See `link.Handle`."""
+
+    def __init__(self, mesh: Mesh, received: dict[int, Tensor]) -> None:
+        self._mesh, self.received = mesh, received
+        self._left = 0
+        self._calls: list[Callable[[], None]] = []
+        self.pending: set[int] = set()
+        """Peers that something is still expected of."""
+
+    def wait(self) -> None:
+        deadline = time.monotonic() + self._mesh.timeout
+        with self._mesh.changed:
+            while self._left and self._mesh.failure is None:
+                if not self._mesh.changed.wait(max(deadline - time.monotonic(), 0)) and time.monotonic() >= deadline:
+                    raise ConnectionError(self.overdue())
+        self.check()
+
+    def overdue(self) -> str:
+        """Who is late, for an error."""
+        late = ", ".join(self._mesh.name(peer) for peer in sorted(self.pending)) or "its own sends"
+        return f"exchange between ranks: waited {self._mesh.timeout:g} s for {late}"
+
+    def then(self, call: Callable[[], None]) -> None:
+        with self._mesh.changed:
+            if self._left and self._mesh.failure is None:
+                self._calls.append(call)
+                return
+        call()
+
+    def check(self) -> None:
+        if self._left and self._mesh.failure is not None:
+            raise ConnectionError(self._mesh.failure)
+
+
+class _Peer:
+    """One connection: what goes out, what is expected, what is coming in. Owned by the mesh's thread once it runs."""
+
+    def __init__(self, rank: int, sock: socket.socket) -> None:
+        self.rank, self.sock = rank, sock
+        self.outgoing: deque[tuple[list[memoryview], MeshHandle]] = deque()
+        self.expected: dict[int, tuple[memoryview | None, MeshHandle]] = {}
+        self.header = bytearray(_HEADER.size)
+        self.target: memoryview | None = memoryview(self.header)
+        self.handle: MeshHandle | None = None
+        """Of the message whose body is coming in; None while a header is."""
+        self.events = select.EPOLLIN
+        self.closed = False
+
+
+class Mesh:
+    """Connections from this rank to all others of a group.
+
+    Args:
+        group: a gloo group of CPU ranks, over which addresses are told; called on all of its ranks together.
+        timeout: seconds to wait for a peer before giving it up.
+
+    Raises:
+        ConnectionError: a peer could not be reached.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, timeout: float = 1800.0) -> None:
+        self.rank, self.world_size, self.timeout = dist.get_rank(group), dist.get_world_size(group), timeout
+        self.changed = threading.Condition()
+        self.failure: str | None = None
+        self._names: dict[int, str] = {}
+        self._peers = {rank: _Peer(rank, sock) for rank, sock in self._connect(group).items()}
+        self._epoll = select.epoll()
+        self._by_fd = {peer.sock.fileno(): peer for peer in self._peers.values()}
+        for fd in self._by_fd:
+            self._epoll.register(fd, select.EPOLLIN)
+        self._wake_in, self._wake_out = os.pipe()
+        os.set_blocking(self._wake_in, False)
+        os.set_blocking(self._wake_out, False)
+        self._epoll.register(self._wake_in, select.EPOLLIN)
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="tenko-mesh", daemon=True)
+        self._thread.start()
+
+    def name(self, peer: int) -> str:
+        """How an error calls a peer."""
+        return f"rank {peer} ({self._names.get(peer, 'address unknown')})"
+
+    def start(self, tag: int, outgoing: Mapping[int, Tensor], incoming: Mapping[int, Tensor | None]) -> MeshHandle:
+        """See `link.Link`. Thread-safe; returns at once."""
+        handle = MeshHandle(self, {peer: buffer for peer, buffer in incoming.items() if buffer is not None})
+        with self.changed:
+            if self.failure is not None:
+                raise ConnectionError(self.failure)
+            for peer in {*incoming, *outgoing}:
+                if self._peers[peer].closed:
+                    self._fail(f"{self.name(peer)} is gone: it closed the connection")
+                    raise ConnectionError(self.failure)
+            handle._left = len(incoming) + len(outgoing)
+            handle.pending = set(incoming)
+            for peer, buffer in incoming.items():
+                other = self._peers[peer]
+                assert tag not in other.expected, (tag, peer)
+                other.expected[tag] = (None if buffer is None else _bytes(buffer), handle)
+            # Each rank begins with another peer: all sending to one at a time would queue up there.
+            for peer in sorted(outgoing, key=lambda p: (p - self.rank) % self.world_size):
+                body = _bytes(outgoing[peer])
+                views = [memoryview(_HEADER.pack(tag, len(body))), body]
+                self._peers[peer].outgoing.append((views, handle))
+        self._wake()
+        return handle
+
+    def close(self) -> None:
+        """Closes the connections, once what is queued has left (for 5 seconds at most)."""
+        self._stopping = True
+        self._wake()
+        self._thread.join(5.0)
+
+    # Setting up
+
+    def _connect(self, group: dist.ProcessGroup | None) -> dict[int, socket.socket]:
+        address, family = own_address()
+        with socket.socket(family, socket.SOCK_STREAM) as listener:
+            listener.bind((address, 0))
+            listener.listen(self.world_size)
+            mine = {"host": address, "port": listener.getsockname()[1], "token": secrets.token_hex(16)}
+            cards = _gather_json(mine, group)
+            token = bytes.fromhex(cards[0]["token"])
+            self._names = {rank: f"{card['host']}:{card['port']}" for rank, card in enumerate(cards)}
+            sockets: dict[int, socket.socket] = {}
+            try:
+                for peer in range(self.rank):
+                    sockets[peer] = self._call(peer, cards[peer], token)
+                self._accept(listener, token, sockets)
+            except BaseException:
+                for sock in sockets.values():
+                    sock.close()
+                raise
+        for sock in sockets.values():
+            _tune(sock)
+        return sockets
+
+    def _call(self, peer: int, card: dict[str, str], token: bytes) -> socket.socket:
+        try:
+            sock = socket.create_connection((card["host"], int(card["port"])), timeout=_CONNECT_SECONDS)
+            sock.sendall(_HELLO.pack(token, self.rank))
+            return sock
+        except OSError as error:
+            raise ConnectionError(
+                f"{self.name(peer)} cannot be reached from rank {self.rank}: {error}; set TENKO_ADDRESS on each "
+                "machine to the address that the others reach"
+            ) from None
+
+    def _accept(self, listener: socket.socket, token: bytes, sockets: dict[int, socket.socket]) -> None:
+        deadline = time.monotonic() + _CONNECT_SECONDS
+        while len(sockets) < self.world_size - 1:
+            missing = [p for p in range(self.rank + 1, self.world_size) if p not in sockets]
+            listener.settimeout(max(deadline - time.monotonic(), 0.01))
+            try:
+                sock, _ = listener.accept()
+                sock.settimeout(5.0)
+                hello = sock.recv(_HELLO.size, socket.MSG_WAITALL)
+            except TimeoutError:
+                if time.monotonic() >= deadline:
+                    names = ", ".join(self.name(p) for p in missing)
+                    raise ConnectionError(
+                        f"{names} did not connect within {_CONNECT_SECONDS:g} s to rank {self.rank}; set TENKO_ADDRESS "
+                        "on each machine to the address that the others reach"
+                    ) from None
+                continue
+            except OSError:
+                continue
+            if len(hello) == _HELLO.size:
+                known, rank = _HELLO.unpack(hello)
+                if secrets.compare_digest(known, token) and rank in missing:
+                    sockets[rank] = sock
+                    continue
+            sock.close()  # not one of ours
+
+    # The thread that moves bytes
+
+    def _wake(self) -> None:
+        with contextlib.suppress(BlockingIOError, OSError):  # full: it will wake anyhow
+            os.write(self._wake_out, b"x")
+
+    def _run(self) -> None:
+        try:
+            self._loop()
+        except BaseException as error:  # nobody must wait for ever
+            with self.changed:
+                self._fail(f"the link of rank {self.rank} failed: {error}")
+        finally:
+            for peer in self._peers.values():
+                peer.sock.close()
+            self._epoll.close()
+            os.close(self._wake_in)
+            os.close(self._wake_out)
+
+    def _loop(self) -> None:
+        stop_at = None
+        while True:
+            if self._stopping:
+                stop_at = stop_at or time.monotonic() + 5.0
+                if time.monotonic() > stop_at or not any(p.outgoing and not p.closed for p in self._peers.values()):
+                    return
+            with self.changed:
+                for peer in self._peers.values():
+                    self._watch(peer)
+            for fd, events in self._epoll.poll(0.5 if self._stopping else -1):
+                if fd == self._wake_in:
+                    with contextlib.suppress(BlockingIOError):
+                        os.read(fd, 4096)
+                    continue
+                peer = self._by_fd[fd]
+                if peer.target is None and events & (select.EPOLLHUP | select.EPOLLERR):
+                    time.sleep(0.001)  # it hung up after a message that has no place yet
+                try:
+                    if events & (select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR):
+                        self._receive(peer)
+                    if events & select.EPOLLOUT and not peer.closed:
+                        self._send(peer)
+                except OSError as error:
+                    self._gone(peer, str(error))
+
+    def _watch(self, peer: _Peer) -> None:
+        """Waits for room only while something goes out, and for bytes only while there is a place for them."""
+        if peer.closed:
+            return
+        if peer.target is None:  # a body whose place was not known yet
+            self._find_target(peer)
+        wanted = (select.EPOLLIN if peer.target is not None else 0) | (select.EPOLLOUT if peer.outgoing else 0)
+        if wanted != peer.events:
+            self._epoll.modify(peer.sock.fileno(), wanted)
+            peer.events = wanted
+
+    def _send(self, peer: _Peer) -> None:
+        moved = 0
+        while peer.outgoing and moved < _TURN:
+            views, handle = peer.outgoing[0]
+            try:
+                count = peer.sock.sendmsg(views)
+            except BlockingIOError:
+                return
+            moved += count
+            while views and count >= len(views[0]):
+                count -= len(views.pop(0))
+            if views:
+                views[0] = views[0][count:]
+                return  # the socket is full
+            with self.changed:
+                peer.outgoing.popleft()
+            self._progress(handle, None)
+
+    def _receive(self, peer: _Peer) -> None:
+        moved = 0
+        while peer.target is not None and moved < _TURN:
+            if len(peer.target):
+                try:
+                    count = peer.sock.recv_into(peer.target)
+                except BlockingIOError:
+                    return
+                if count == 0:
+                    self._gone(peer, "it closed the connection")
+                    return
+                moved += count
+                peer.target = peer.target[count:]
+                if len(peer.target):
+                    continue
+            if peer.handle is None:
+                peer.target = None
+                with self.changed:
+                    self._find_target(peer)
+            else:
+                handle, peer.handle = peer.handle, None
+                peer.target = memoryview(peer.header)
+                self._progress(handle, peer.rank)
+
+    def _find_target(self, peer: _Peer) -> None:
+        """The header is complete: where does its body go? Called with the lock held."""
+        tag, size = _HEADER.unpack(peer.header)
+        if tag not in peer.expected:
+            return
+        view, handle = peer.expected.pop(tag)
+        if view is None:
+            buffer = torch.empty(size, dtype=torch.uint8)
+            handle.received[peer.rank] = buffer
+            view = _bytes(buffer)
+        elif len(view) != size:
+            self._fail(f"{self.name(peer.rank)} sent {size} bytes where rank {self.rank} expected {len(view)}: do all "
+                       "ranks have the same model and the same settings of comm?")  # fmt: skip
+            return
+        peer.target, peer.handle = view, handle
+
+    def _progress(self, handle: MeshHandle, peer: int | None) -> None:
+        calls: list[Callable[[], None]] = []
+        with self.changed:
+            handle._left -= 1
+            handle.pending.discard(-1 if peer is None else peer)
+            if not handle._left:
+                calls, handle._calls = handle._calls, []
+                self.changed.notify_all()
+        for call in calls:
+            call()
+
+    def _gone(self, peer: _Peer, why: str) -> None:
+        with self.changed:
+            peer.closed = True
+            self._epoll.unregister(peer.sock.fileno())
+            # A peer that has ended is no failure as long as nobody needs it.
+            if peer.expected or peer.outgoing or peer.handle is not None:
+                self._fail(f"{self.name(peer.rank)} is gone: {why}")
+
+    def _fail(self, why: str) -> None:
+        """Called with the lock held."""
+        if self.failure is None:
+            self.failure = why
+        waiting = {id(h): h for p in self._peers.values() for _, h in [*p.expected.values(), *p.outgoing]}
+        waiting |= {id(p.handle): p.handle for p in self._peers.values() if p.handle is not None}
+        calls = [call for handle in waiting.values() for call in handle._calls]
+        for handle in waiting.values():
+            handle._calls = []
+        self.changed.notify_all()
+        for call in calls:
+            call()
+
+
+def own_address() -> tuple[str, socket.AddressFamily]:
+    """The address that this rank's peers reach it at: TENKO_ADDRESS, else the interface that GLOO_SOCKET_IFNAME names,
+    else the one that leads to MASTER_ADDR, else loopback.
+
+    Raises:
+        ValueError: an address or an interface that this machine does not have.
+    """
+    interface = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
+    if address := os.environ.get("TENKO_ADDRESS"):
+        name = "TENKO_ADDRESS"
+    elif interface:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            try:  # SIOCGIFADDR
+                answer = fcntl.ioctl(probe, 0x8915, struct.pack("256s", interface.encode()[:15]))
+            except OSError:
+                known = ", ".join(name for _, name in socket.if_nameindex())
+                raise ValueError(
+                    f"GLOO_SOCKET_IFNAME: must be an interface with an IPv4 address, is {interface}; there are {known}"
+                ) from None
+        return socket.inet_ntoa(answer[20:24]), socket.AF_INET
+    else:
+        name, address = "MASTER_ADDR", os.environ.get("MASTER_ADDR", "127.0.0.1")
+    try:
+        family, _, _, _, where = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(where)  # sends nothing: asks the routing table
+            own: str = probe.getsockname()[0]
+        if name == "TENKO_ADDRESS" and own != where[0]:
+            raise OSError("not an address of this machine")
+        return own, family
+    except OSError as error:
+        raise ValueError(f"{name}: must be a host name or an address, is {address} ({error})") from None
+
+
+def _tune(sock: socket.socket) -> None:
+    """No waiting for small messages; a peer cut off from the network is found within about a minute."""
+    sock.settimeout(None)
+    sock.setblocking(False)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 6), ("TCP_USER_TIMEOUT", 45_000)):
+        if hasattr(socket, option):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+
+
+def _bytes(buffer: Tensor) -> memoryview:
+    assert buffer.dtype == torch.uint8, buffer.dtype
+    assert buffer.is_contiguous()
+    return memoryview(buffer.numpy()).cast("B") if buffer.numel() else memoryview(b"")
+
+
+def _gather_json(value: object, group: dist.ProcessGroup | None, room: int = 256) -> list[dict[str, str]]:
+    """Every rank's small JSON value."""
+    text = json.dumps(value).encode()
+    assert len(text) <= room, text
+    mine = torch.from_numpy(np.frombuffer(text.ljust(room), dtype=np.uint8).copy())
+    everybody = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(everybody, mine, group=group)
+    return [json.loads(bytes(other.tolist())) for other in everybody]

@@ -1,0 +1,82 @@
+"""The split: which parameter takes which route, by name, size, dimensions, and the sparsity of its first gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+
+import torch
+
+from .config import SplitRule
+
+
+def assign(
+    rules: Sequence[SplitRule], shapes: Mapping[str, torch.Size], sparsity: Mapping[str, float] | None = None
+) -> dict[str, str]:
+    """The route of every parameter.
+
+    Args:
+        rules: of the recipe.
+        shapes: of every parameter that trains, by name.
+        sparsity: share of the rows of each one's gradient that were zero; None before that is known.
+
+    Returns:
+        Routes by name; "" for a parameter that only its gradient's sparsity can decide, while that is not known.
+
+    Raises:
+        ValueError: a rule matches no parameter, or a parameter is taken by none or by two; the message names it.
+    """
+    routes: dict[str, str] = {}
+    used: set[int] = set()
+    for name, shape in shapes.items():
+        likely = [i for i, rule in enumerate(rules) if _takes(rule, name, shape)]
+        used.update(likely)
+        if sparsity is None and any(rules[i].measured for i in likely):
+            certain = [i for i in likely if not rules[i].measured]
+            if len(certain) > 1:
+                raise ValueError(_two(name, certain, rules))
+            routes[name] = ""
+            continue
+        taken = [i for i in likely if sparsity is None or _holds(rules[i], sparsity.get(name, 0.0))]
+        if len(taken) > 1:
+            raise ValueError(_two(name, taken, rules))
+        if not taken:
+            measured = "" if sparsity is None else f", row sparsity {sparsity.get(name, 0.0):.2f}"
+            raise ValueError(
+                f"split: no rule takes {name} ({shape.numel()} elements, {len(shape)} dimensions{measured}); add one, "
+                "for instance {route: all_reduce, exclude: [...]}"
+            )
+        rule = rules[taken[0]]
+        if rule.route == "rows" and len(shape) < 2:
+            raise ValueError(f"split[{taken[0]}]: route rows takes matrices, {name} is a vector; add min_dims: 2")
+        routes[name] = rule.route
+    for i, rule in enumerate(rules):
+        if i not in used:
+            near = ", ".join(list(shapes)[:3])
+            raise ValueError(f"split[{i}]: takes no parameter ({', '.join(rule.match)}); names are like {near}")
+    return routes
+
+
+def row_sparsity(gradient: torch.Tensor) -> float:
+    """Share of the rows of a gradient [rows, ...] that are all zero; 0 of a vector."""
+    if gradient.dim() < 2:
+        return 0.0
+    return float((gradient.flatten(1) == 0).all(dim=1).float().mean())
+
+
+def _takes(rule: SplitRule, name: str, shape: torch.Size) -> bool:
+    return (
+        any(fnmatchcase(name, pattern) for pattern in rule.match)
+        and not any(fnmatchcase(name, pattern) for pattern in rule.exclude)
+        and rule.min_numel <= shape.numel() <= (rule.max_numel or shape.numel())
+        and rule.min_dims <= len(shape) <= (rule.max_dims or len(shape))
+    )
+
+
+def _holds(rule: SplitRule, sparsity: float) -> bool:
+    return rule.min_sparsity <= sparsity and (rule.max_sparsity == 1 or sparsity < rule.max_sparsity)
+
+
+def _two(name: str, taken: Sequence[int], rules: Sequence[SplitRule]) -> str:
+    which = " and ".join(f"split[{i}] ({rules[i].route})" for i in taken)
+    return f"split: {name} is taken by {which}; a parameter has one route: narrow one of them with exclude"
