@@ -1,13 +1,18 @@
 """Fused CPU kernels of the quantizer, in numba: one call for all tensors of a bucket, without the GIL.
 
 Notable:
-- A span is read once from memory: the passes that find the scales of its blocks leave it in the first-level
-  cache for the pass that rounds and packs it.
-- The largest magnitude is found on the bit patterns, as integers: that reduction vectorises without any
-  fast-math flag, and a result of 0x7f800000 or more says that the block holds an inf or a NaN. Only the sum of
-  squares may be reassociated (it decides nothing about finiteness).
+- A span is read once from memory, front to back, as the processor's prefetching wants it: the pass that finds the
+  scales of its blocks leaves it in the first-level cache for the pass that rounds and packs it, eight runs side by
+  side. With error feedback a span's residual is added, and later reduced, in place in that cache.
+- The two passes are written in vectors of 16 lanes, as LLVM's own types (`_scan`, `_round`): what numba's loops become
+  depends on checks for overlap and on remainders, which cost half the speed at blocks of 128. LLVM splits the vectors
+  for narrower machines. Runs that are no multiple of 16 long (the last span of a tensor; odd blocks) go through a
+  padded copy.
+- The largest magnitude is found on the bit patterns, as integers: a result of 0x7f800000 or more says that the block
+  holds an inf or a NaN.
 - Two elements, half a span apart, share one 32-bit hash: 16 random bits each.
-- The arithmetic, operation by operation, is `reference.py`'s; tests hold the two together bit for bit.
+- The arithmetic, operation by operation, is `reference.py`'s; tests hold the two together bit for bit. Only sums run
+  in another order.
 
 numba's cache looks at this file alone: after a change of the constants in `reference.py`, change this file too
 (a test fails otherwise). Importing this module compiles the kernels (about 5 seconds) or loads them from
@@ -21,31 +26,474 @@ import math
 from typing import Any
 
 import numpy as np
+from llvmlite import ir  # type: ignore[import-untyped]
 from numba import njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from .layout import SCALE_BYTES
-from .reference import HASH_A, HASH_B, MAX_PLAIN, MIN_PLAIN, MIN_SCALE, SCALES, grid_of, level_count
+from .reference import (
+    HALF,
+    HASH_A,
+    HASH_B,
+    MAX_PLAIN,
+    MIN_PLAIN,
+    MIN_SCALE,
+    ONE_BIT_CENTRE,
+    SCALES,
+    grid_of,
+    level_count,
+)
 
-_A = np.uint32(HASH_A)
-_B = np.uint32(HASH_B)
 _INF_BITS = np.int32(0x7F800000)
-_ABS_BITS = np.int32(0x7FFFFFFF)
 _MIN_SCALE = MIN_SCALE
 _SCALES = SCALES
 _SCALE_BYTES = SCALE_BYTES
 _MIN_PLAIN = MIN_PLAIN
 _MAX_PLAIN = MAX_PLAIN
+_ONE_BIT_CENTRE = ONE_BIT_CENTRE
+_NEAREST = np.uint32(HALF << 16 | HALF)
+_EIGHTHS = np.append(SCALES[1:8].view(np.int32) & 0x7FFFFF, 0).astype(np.int32)
+"""Mantissas of 2^(-b/8), b = 1 to 8."""
 
 _f32 = types.Array(types.float32, 1, "C")
-_i32 = types.Array(types.int32, 1, "C")
 _u8 = types.Array(types.uint8, 1, "C")
 _u32_2d = types.Array(types.uint32, 2, "C")
+_i64_1d = types.Array(types.int64, 1, "C")
 _i64_2d = types.Array(types.int64, 2, "C")
 _i64, _f64, _bool = types.int64, types.float64, types.boolean
 
 _grid_of = njit(grid_of, inline="always")
 _level_count = njit(level_count, inline="always")
+
+LANES = 16
+_I8, _I32, _I64, _FLOAT = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
+
+
+class _Lanes:
+    """LANES numbers in an LLVM register while code is generated; operators emit instructions."""
+
+    def __init__(self, builder: ir.IRBuilder, value: ir.Value) -> None:
+        self.builder, self.value = builder, value
+        self.is_float = value.type.element == _FLOAT
+
+    def _with(self, other: _Lanes | int, integers: str, floats: str = "") -> _Lanes:
+        operand = other.value if isinstance(other, _Lanes) else _constant(other)
+        return _Lanes(self.builder, getattr(self.builder, floats if self.is_float else integers)(self.value, operand))
+
+    def __add__(self, other: _Lanes | int) -> _Lanes:
+        return self._with(other, "add", "fadd")
+
+    def __sub__(self, other: _Lanes | int) -> _Lanes:
+        return self._with(other, "sub", "fsub")
+
+    def __mul__(self, other: _Lanes | int) -> _Lanes:
+        return self._with(other, "mul", "fmul")
+
+    def __and__(self, other: _Lanes | int) -> _Lanes:
+        return self._with(other, "and_")
+
+    def __or__(self, other: _Lanes | int) -> _Lanes:
+        return self._with(other, "or_")
+
+    def __xor__(self, other: _Lanes | int) -> _Lanes:
+        return self._with(other, "xor")
+
+    def __lshift__(self, count: int) -> _Lanes:
+        return self._with(count, "shl") if count else self
+
+    def __rshift__(self, count: int) -> _Lanes:
+        return self._with(count, "lshr") if count else self
+
+    def clamped(self, low: _Lanes, high: _Lanes) -> _Lanes:
+        """Of floats; neither bound nor value is NaN."""
+        builder = self.builder
+        value = builder.select(builder.fcmp_ordered("<", high.value, self.value), high.value, self.value)
+        value = builder.select(builder.fcmp_ordered(">", low.value, value), low.value, value)
+        return _Lanes(builder, value)
+
+    def larger(self, other: _Lanes) -> _Lanes:
+        """Of integers with signs."""
+        builder = self.builder
+        higher = builder.icmp_signed(">", self.value, other.value)
+        return _Lanes(builder, builder.select(higher, self.value, other.value))
+
+    def to_int(self) -> _Lanes:
+        return _Lanes(self.builder, self.builder.fptosi(self.value, ir.VectorType(_I32, LANES)))
+
+    def to_float(self) -> _Lanes:
+        return _Lanes(self.builder, self.builder.sitofp(self.value, ir.VectorType(_FLOAT, LANES)))
+
+    def bits(self) -> _Lanes:
+        return _Lanes(self.builder, self.builder.bitcast(self.value, ir.VectorType(_I32, LANES)))
+
+    def as_float(self) -> _Lanes:
+        return _Lanes(self.builder, self.builder.bitcast(self.value, ir.VectorType(_FLOAT, LANES)))
+
+    def store(self, pointer: ir.Value) -> None:
+        """To floats or bytes, with no demand on the address."""
+        value = self.value
+        if pointer.type.pointee == _I8:
+            value = self.builder.trunc(value, ir.VectorType(_I8, LANES))
+        self.builder.store(value, self.builder.bitcast(pointer, value.type.as_pointer()), align=1)
+
+
+def _constant(number: int) -> ir.Constant:
+    return ir.Constant(ir.VectorType(_I32, LANES), [number] * LANES)
+
+
+def _load(builder: ir.IRBuilder, pointer: ir.Value) -> _Lanes:
+    """LANES floats, or bytes as integers, from any address."""
+    vector = ir.VectorType(pointer.type.pointee, LANES)
+    value = builder.load(builder.bitcast(pointer, vector.as_pointer()), align=1)
+    if pointer.type.pointee == _I8:
+        value = builder.zext(value, ir.VectorType(_I32, LANES))
+    return _Lanes(builder, value)
+
+
+def _splat(builder: ir.IRBuilder, value: ir.Value) -> _Lanes:
+    vector = ir.VectorType(value.type, LANES)
+    single = builder.insert_element(ir.Constant(vector, ir.Undefined), value, ir.Constant(_I32, 0))
+    return _Lanes(builder, builder.shuffle_vector(single, ir.Constant(vector, ir.Undefined), _constant(0)))
+
+
+def _pointers(context: Any, builder: ir.IRBuilder, arrays: Any, values: Any) -> list[ir.Value]:
+    """Where the data of one-dimensional arrays begin."""
+    made = [context.make_array(kind)(context, builder, value) for kind, value in zip(arrays, values, strict=True)]
+    return [array.data for array in made]
+
+
+def _call(builder: ir.IRBuilder, name: str, result: ir.Type, *arguments: ir.Value, **flags: Any) -> ir.Value:
+    kind = ir.FunctionType(result, [argument.type for argument in arguments])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments, **flags)
+
+
+def _scan_intrinsic(_typing, x, residual, feedback, mean, groups, largest, counts, sums):  # type: ignore[no-untyped-def]
+    """Of the 8 runs of x [8 * groups] (groups a multiple of LANES): bits of the largest magnitude [8], how many are not
+    zero [8], sum of squares, or of magnitudes if `mean` [8]. With `feedback`, of x + residual, which goes to residual.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        arrays = [0, 1, 5, 6, 7]
+        data, left, largest, counts, sums = _pointers(
+            context, builder, [signature.args[a] for a in arrays], [arguments[a] for a in arrays]
+        )
+        feedback, mean, groups = arguments[2:5]
+        for with_left in (False, True):
+            for of_magnitudes in (False, True):
+                wanted = builder.and_(
+                    builder.icmp_unsigned("==", feedback, feedback.type(int(with_left))),
+                    builder.icmp_unsigned("==", mean, mean.type(int(of_magnitudes))),
+                )
+                with builder.if_then(wanted), cgutils.for_range(builder, groups.type(8)) as run:
+                    results = [builder.gep(array, [run.index]) for array in (largest, counts, sums)]
+                    start = builder.mul(groups, run.index)
+                    run_left = builder.gep(left, [start]) if with_left else None
+                    _emit_scan(builder, builder.gep(data, [start]), run_left, of_magnitudes, groups, *results)
+        return context.get_dummy_value()
+
+    signature = types.void(x, residual, feedback, mean, groups, largest, counts, sums)
+    return signature, generate
+
+
+_scan: Any = intrinsic(_scan_intrinsic)
+
+
+def _emit_scan(builder, data, left, of_magnitudes, groups, largest, count, sum_):  # type: ignore[no-untyped-def]
+    vector, floats = ir.VectorType(_I32, LANES), ir.VectorType(_FLOAT, LANES)
+    top, number, total = (cgutils.alloca_once(builder, kind) for kind in (vector, _I32, floats))
+    for zero, place in ((vector(None), top), (_I32(0), number), (floats(None), total)):
+        builder.store(zero, place)
+    with cgutils.for_range_slice(builder, groups.type(0), groups, groups.type(LANES)) as (index, _):
+        value = _load(builder, builder.gep(data, [index]))
+        if left is not None:
+            value = _load(builder, builder.gep(left, [index])) + value
+            value.store(builder.gep(left, [index]))
+        magnitude = value.bits() & 0x7FFFFFFF
+        builder.store(_Lanes(builder, builder.load(top)).larger(magnitude).value, top)
+        mask = builder.icmp_signed("!=", magnitude.value, vector(None))
+        ones = _call(builder, "llvm.ctpop.i32", _I32, builder.zext(builder.bitcast(mask, ir.IntType(LANES)), _I32))
+        builder.store(builder.add(builder.load(number), ones), number)
+        term = magnitude.as_float() if of_magnitudes else value * value
+        builder.store((_Lanes(builder, builder.load(total)) + term).value, total)
+    builder.store(_call(builder, f"llvm.vector.reduce.smax.v{LANES}i32", _I32, builder.load(top)), largest)
+    builder.store(builder.load(number), count)
+    name, start = f"llvm.vector.reduce.fadd.v{LANES}f32", ir.Constant(_FLOAT, -0.0)
+    builder.store(_call(builder, name, _FLOAT, start, builder.load(total), fastmath=("reassoc",)), sum_)
+
+
+def _round_intrinsic(  # type: ignore[no-untyped-def]
+    _typing, x, inverses, steps, out, at, bits, groups, padded, first, key0, key1, random, centre, feedback
+):
+    """Rounds and packs a span x [8 * padded] (`padded` a multiple of LANES, the first `groups` of each run count for
+    the counter of the hash) into planes of `padded` bytes from out[at] on.
+
+    A hash becomes (hash & random) | centre. With `feedback`, x is left holding x + (r * steps), the steps negative.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        data, inverses, steps, out = _pointers(context, builder, signature.args[:4], arguments[:4])
+        at, bits, groups, padded, first, key0, key1, random, centre, feedback = arguments[4:]
+        out = builder.gep(out, [at])
+        constants = [_splat(builder, value) for value in (key0, key1, random, centre)]
+        first = builder.trunc(first, _I32)
+        for count in range(1, 9):
+            for with_feedback in (False, True):
+                wanted = builder.and_(
+                    builder.icmp_signed("==", bits, bits.type(count)),
+                    builder.icmp_unsigned("==", feedback, feedback.type(int(with_feedback))),
+                )
+                with builder.if_then(wanted):
+                    _emit_round(
+                        builder,
+                        data,
+                        inverses,
+                        steps if with_feedback else None,
+                        out,
+                        count,
+                        groups,
+                        padded,
+                        first,
+                        constants,
+                    )
+        return context.get_dummy_value()
+
+    signature = types.void(
+        x, inverses, steps, out, at, bits, groups, padded, first, key0, key1, random, centre, feedback
+    )
+    return signature, generate
+
+
+_round: Any = intrinsic(_round_intrinsic)
+
+
+def _emit_round(builder, data, inverses, steps, out, bits, groups, padded, first, constants):  # type: ignore[no-untyped-def]
+    key0, key1, random, centre = constants
+    k, grid = level_count(bits), grid_of(bits)
+    high = _splat(builder, ir.Constant(_FLOAT, float(k << 16)))
+    low = _splat(builder, ir.Constant(_FLOAT, float(-(k << 16))))
+    offset = _splat(builder, ir.Constant(_FLOAT, (k << 16) + 0.5 * grid))
+    lane = _Lanes(builder, ir.Constant(ir.VectorType(_I32, LANES), list(range(LANES))))
+
+    def broadcast(array: ir.Value, run: int) -> _Lanes:
+        return _splat(builder, builder.load(builder.gep(array, [_I64(run)])))
+
+    scaling = [broadcast(inverses, run) for run in range(8)]
+    backward = [broadcast(steps, run) for run in range(8)] if steps is not None else []
+    short = builder.trunc(groups, _I32)
+    with cgutils.for_range_slice(builder, padded.type(0), padded, padded.type(LANES)) as (index, _):
+        codes: list[Any] = [None] * 8
+        for pair in range(4):
+            hashed: Any = None
+            if bits > 1:
+                begin = builder.add(builder.add(first, builder.mul(short, _I32(pair))), builder.trunc(index, _I32))
+                hashed = _emit_hash(_splat(builder, begin) + lane, key0, key1) & random | centre
+            for run in (pair, pair + 4):
+                place = builder.gep(data, [builder.add(builder.mul(padded, padded.type(run)), index)])
+                value = _load(builder, place)
+                y = value * scaling[run]
+                if bits == 1:
+                    positive = builder.fcmp_ordered(">=", y.value, ir.Constant(y.value.type, None))
+                    codes[run] = _Lanes(builder, builder.zext(positive, ir.VectorType(_I32, LANES)))
+                    level = codes[run] + codes[run] - 1
+                else:
+                    fixed = (y.clamped(low, high) + offset).to_int()
+                    if grid > 1:
+                        fixed = fixed & -grid
+                    codes[run] = (fixed + ((hashed & 0xFFFF) if run == pair else (hashed >> 16))) >> 16
+                    level = codes[run] - k
+                if steps is not None:
+                    (level.to_float() * backward[run] + value).store(place)
+        for plane in range(bits):
+            byte: Any = None
+            for run in range(8):
+                shift = run * bits - 8 * plane
+                if -bits < shift < 8:
+                    part = codes[run] << shift if shift >= 0 else codes[run] >> -shift
+                    byte = part if byte is None else byte | part
+            byte.store(builder.gep(out, [builder.add(builder.mul(padded, padded.type(plane)), index)]))
+
+
+def _emit_hash(counter: _Lanes, key0: _Lanes, key1: _Lanes) -> _Lanes:
+    """32 random bits from a counter and a 64-bit key."""
+    h = counter ^ key0
+    h = (h ^ (h >> 16)) * HASH_A
+    h = ((h ^ (h >> 15)) ^ key1) * HASH_B
+    return h ^ (h >> 16)
+
+
+@njit(nogil=True, cache=True)
+def _find_scales(x, groups, clip, limits, mean, largest, counts, sums, scales):  # type: ignore[no-untyped-def]
+    """Writes the scales [8] of a span's blocks x [8 * groups], from what `_scan` wrote; NaN when one is not finite.
+
+    `limits` [8] are c * sigma where sigma is not of the block; else empty.
+    """
+    numbers = largest.view(np.float32)
+    for j in range(8):
+        scale = numbers[j]
+        if largest[j] >= _INF_BITS:
+            scale = np.float32(np.nan)
+        elif largest[j] > 0:
+            plain = _MIN_PLAIN < scale < _MAX_PLAIN  # else squares in fp32 have left its range
+            if mean:
+                total = np.float64(sums[j])
+                if not plain:
+                    total = np.float64(0)
+                    for i in range(j * groups, (j + 1) * groups):
+                        total += abs(np.float64(x[i]))
+                scale = np.float32(total / counts[j] * _ONE_BIT_CENTRE)
+            elif limits.size > 0:
+                if np.isfinite(limits[j]):
+                    scale = min(scale, limits[j])
+            elif clip > 0:
+                if plain:
+                    sigma = np.float32(math.sqrt(sums[j] / np.float32(counts[j])))
+                else:
+                    total = np.float64(0)
+                    for i in range(j * groups, (j + 1) * groups):
+                        total += np.float64(x[i]) * np.float64(x[i])
+                    sigma = np.float32(math.sqrt(total / counts[j]))
+                scale = min(scale, np.float32(clip) * sigma)
+        scales[j] = np.float32(0) if scale < _MIN_SCALE else scale
+
+
+@njit(nogil=True, cache=True)
+def _encode_scales(scales, relatives, number, q):  # type: ignore[no-untyped-def]
+    """Writes the bytes q [8] of the scales of blocks [8], returns the span's exponent, and makes scales what they say.
+
+    `number` [1] and `relatives` [8] are room to work in.
+    """
+    word, words = number.view(np.int32), relatives.view(np.int32)
+    largest = np.float32(0)
+    for j in range(8):
+        if np.isnan(scales[j]):
+            q[:] = 255
+            return 255
+        largest = max(largest, scales[j])
+    number[0] = largest
+    exponent = min((word[0] >> 23) + (1 if word[0] & 0x7FFFFF else 0), 254)
+    word[0] = exponent << 23
+    base = number[0]
+    if base == 0:
+        q[:] = 255
+        return exponent
+    for j in range(8):
+        relatives[j] = scales[j] / base
+    for j in range(8):
+        mantissa = words[j] & 0x7FFFFF
+        code = 8 * (126 - (words[j] >> 23))  # a scale of the octave above
+        for b in range(8):  # the smallest scale that is not below
+            code += mantissa <= _EIGHTHS[b]
+        code = min(max(code, 0), 254)
+        code = 255 if scales[j] == 0 else code
+        q[j] = code
+        scales[j] = base * _SCALES[code]
+    return exponent
+
+
+@njit(nogil=True, cache=True)
+def _spread(values, padded, groups, stride):  # type: ignore[no-untyped-def]
+    """8 runs of `groups` values, the last ones perhaps short, into runs of `stride`, zeros behind them."""
+    padded[:] = 0
+    for j in range(8):
+        for i in range(min(groups, values.size - j * groups)):
+            padded[j * stride + i] = values[j * groups + i]
+
+
+@njit(nogil=True, cache=True)
+def _gather(padded, values, groups, stride):  # type: ignore[no-untyped-def]
+    """Inverse of `_spread`."""
+    for j in range(8):
+        for i in range(min(groups, values.size - j * groups)):
+            values[j * groups + i] = padded[j * stride + i]
+
+
+@njit(
+    types.void(_f32, _f32, _i64_2d, _u32_2d, _u8, _u8, _f32, _i64_1d, _i64_1d, _i64, _i64, _f64, _bool),
+    nogil=True,
+    cache=True,
+)
+def encode_table(  # type: ignore[no-untyped-def]
+    x, residual, table, keys, out, given, limits, limit_at, limit_rows, span, bits, clip, nearest
+):
+    """Quantizes x [elements] into out [bytes], segment by segment.
+
+    residual [elements] (empty: none), given [spans * 9] (empty: none) and limits with their places (empty: none) are
+    those of `reference.encode_table`.
+    """
+    feedback, mean = residual.size > 0, bits == 1
+    k = np.float32(_level_count(bits))
+    limit = np.float32(k * np.float32(65536))
+    random, centre = (np.uint32(0), _NEAREST) if nearest else (np.uint32(0xFFFFFFFF), np.uint32(0))
+    room = (span // 8 + LANES - 1) // LANES * LANES
+    padded, padded_left = np.empty(8 * room, dtype=np.float32), np.empty(8 * room, dtype=np.float32)
+    planes = np.empty(8 * room, dtype=np.uint8)
+    scales, inverses, steps = np.empty(8, np.float32), np.empty(8, np.float32), np.empty(8, np.float32)
+    relatives, number, sums = np.empty(8, np.float32), np.empty(1, np.float32), np.empty(8, np.float32)
+    largest, counts = np.empty(8, np.int32), np.empty(8, np.int32)
+    block_limits = np.empty(8 if limits.size > 0 else 0, np.float32)
+    heads = np.empty(_SCALE_BYTES, np.uint8)
+    word = number.view(np.int32)
+    for s in range(table.shape[0]):
+        start, numel = table[s, 0], table[s, 1]
+        end = table[s, 2] * bits + (0 if given.size > 0 else table[s, 3] * _SCALE_BYTES)
+        key0, key1 = keys[s, 0], keys[s, 1]
+        for b in range((numel + span - 1) // span):
+            begin = start + b * span
+            length = min(span, start + numel - begin)
+            groups = (length + 7) // 8
+            whole = groups % LANES == 0 and length == groups * 8
+            if whole:
+                stride = groups
+                piece, left = x[begin : begin + length], residual[begin : begin + length]
+            else:
+                stride = (groups + LANES - 1) // LANES * LANES
+                piece, left = padded[: 8 * stride], padded_left[: 8 * stride]
+                _spread(x[begin : begin + length], piece, groups, stride)
+                if feedback:
+                    _spread(residual[begin : begin + length], left, groups, stride)
+            if given.size == 0 or feedback:
+                _scan(piece, left, feedback, mean, stride, largest, counts, sums)
+            if feedback:
+                piece = left
+            if given.size > 0:
+                exponent = given[(table[s, 3] + b) * _SCALE_BYTES]
+                word[0] = np.int32(exponent) << np.int32(23)
+                for j in range(8):
+                    scales[j] = number[0] * _SCALES[given[(table[s, 3] + b) * _SCALE_BYTES + 1 + j]]
+            else:
+                for j in range(block_limits.size):
+                    element = table[s, 4] * span + min(b * span + j * groups, numel - 1)
+                    block_limits[j] = limits[limit_at[s] + element // limit_rows[s]]
+                _find_scales(piece, stride, clip, block_limits, mean, largest, counts, sums, scales)
+                exponent = _encode_scales(scales, relatives, number, heads)
+                out[end] = exponent
+                out[end + 1 : end + _SCALE_BYTES] = heads[:8]
+                end += _SCALE_BYTES
+            dead = exponent == 255
+            if dead:  # codes of zeros, and a residual that is NaN throughout
+                piece = padded[: 8 * stride]
+                piece[:] = 0
+            for j in range(8):
+                inverses[j] = limit / scales[j] if scales[j] > 0 and not dead else np.float32(0)
+                steps[j] = -(scales[j] / k)
+            first = (table[s, 4] + b) * (span // 2)
+            if whole:
+                _round(
+                    piece, inverses, steps, out, end, bits, groups, stride, first, key0, key1, random, centre, feedback
+                )
+            else:
+                _round(
+                    piece, inverses, steps, planes, 0, bits, groups, stride, first, key0, key1, random, centre, feedback
+                )
+                for plane in range(bits):
+                    for i in range(groups):
+                        out[end + plane * groups + i] = planes[plane * stride + i]
+            if feedback and dead:
+                residual[begin : begin + length] = np.nan
+            elif feedback and not whole:
+                _gather(piece, residual[begin : begin + length], groups, stride)
+            end += groups * bits
 
 
 def _shift_right_intrinsic(_context: Any, _value: Any, _count: Any) -> Any:
@@ -60,199 +508,9 @@ def _shift_right_intrinsic(_context: Any, _value: Any, _count: Any) -> Any:
 _shift_right: Any = intrinsic(_shift_right_intrinsic)
 
 
-@njit(inline="always")
-def _hash(counter, key0, key1):  # type: ignore[no-untyped-def]
-    """32 random bits from a counter and a 64-bit key; every step back to 32 bits, as numba would widen."""
-    h = np.uint32(counter ^ key0)
-    h = np.uint32(h ^ (h >> np.uint32(16)))
-    h = np.uint32(h * _A)
-    h = np.uint32(np.uint32(h ^ (h >> np.uint32(15))) ^ key1)
-    h = np.uint32(h * _B)
-    return np.uint32(h ^ (h >> np.uint32(16)))
-
-
-@njit(nogil=True, cache=True, fastmath={"reassoc", "nsz"})
-def _find_scales(x, words, clip, scales, number, word):  # type: ignore[no-untyped-def]
-    """Writes the scales [8] of a padded span's blocks: min(max |x|, clip * sigma), NaN when one is not finite.
-
-    `words` are the bits of x; `word` and `number` are two views of one number, the cheap way from bits to a float.
-    """
-    groups = x.size // 8
-    for j in range(8):
-        run, run_words = x[j * groups : (j + 1) * groups], words[j * groups : (j + 1) * groups]
-        largest_bits = np.int32(0)
-        zeros = np.int32(0)
-        squares = np.float32(0)
-        for i in range(groups):
-            magnitude = np.int32(run_words[i] & _ABS_BITS)
-            largest_bits = max(largest_bits, magnitude)
-            zeros = np.int32(zeros + np.int32(magnitude == 0))
-            squares += run[i] * run[i]
-        word[0] = largest_bits
-        scale = number[0]
-        if largest_bits >= _INF_BITS:
-            scale = np.float32(np.nan)
-        elif clip > 0 and largest_bits > 0:
-            if _MIN_PLAIN < scale < _MAX_PLAIN:
-                sigma = np.float32(math.sqrt(squares / np.float32(groups - zeros)))
-            else:  # squares in fp32 have left its range
-                total = np.float64(0)
-                for i in range(groups):
-                    total += np.float64(run[i]) * np.float64(run[i])
-                sigma = np.float32(math.sqrt(total / (groups - zeros)))
-            scale = min(scale, np.float32(clip) * sigma)
-        scales[j] = np.float32(0) if scale < _MIN_SCALE else scale
-
-
-@njit(nogil=True, cache=True)
-def _encode_scales(scales, word, number, q):  # type: ignore[no-untyped-def]
-    """Writes the bytes q [8] of the scales of blocks [8], returns the span's exponent, and makes scales what they say.
-
-    `word` and `number` are two views of one number.
-    """
-    largest = np.float32(0)
-    for j in range(8):
-        if np.isnan(scales[j]):
-            q[:] = 255
-            return 255
-        largest = max(largest, scales[j])
-    number[0] = largest
-    exponent = word[0] >> 23
-    if word[0] & 0x7FFFFF:
-        exponent += 1
-    exponent = min(exponent, 254)
-    word[0] = exponent << 23
-    base = number[0]
-    for j in range(8):
-        if scales[j] == 0:
-            q[j] = 255
-            continue
-        relative = np.float32(scales[j] / base)
-        number[0] = relative
-        code = min(max(8 * (126 - (word[0] >> 23)), 0), 254)  # a scale of the octave above, not below
-        while code < 254 and _SCALES[code + 1] >= relative:
-            code += 1
-        q[j] = code
-        scales[j] = base * _SCALES[code]
-    return exponent
-
-
-@njit(nogil=True, cache=True)
-def _round_span(x, codes, inverses, limit, grid, first, key0, key1):  # type: ignore[no-untyped-def]
-    """Stochastically rounded codes, 0..2k, of a padded span. Shifts are constants: those by a variable would widen."""
-    groups = x.size // 8
-    bottom = -limit
-    offset = np.float32(limit + np.float32(grid) * np.float32(0.5))
-    mask = np.int32(-grid)
-    for j in range(4):
-        low, high = x[j * groups : (j + 1) * groups], x[(j + 4) * groups : (j + 5) * groups]
-        codes_low, codes_high = codes[j * groups : (j + 1) * groups], codes[(j + 4) * groups : (j + 5) * groups]
-        inverse_low, inverse_high = inverses[j], inverses[j + 4]
-        counter = np.uint32(first + j * groups)
-        for i in range(groups):
-            h = _hash(np.uint32(counter + np.uint32(i)), key0, key1)
-            y = low[i] * inverse_low
-            y = limit if y > limit else y
-            y = bottom if y < bottom else y
-            fixed = np.int32(np.int32(y + offset) & mask)
-            codes_low[i] = np.uint8(np.uint32(fixed + np.int32(h & np.uint32(0xFFFF))) >> np.uint32(16))
-            z = high[i] * inverse_high
-            z = limit if z > limit else z
-            z = bottom if z < bottom else z
-            fixed = np.int32(np.int32(z + offset) & mask)
-            codes_high[i] = np.uint8(np.uint32(fixed + np.int32(np.uint32(h >> np.uint32(16)))) >> np.uint32(16))
-
-
-@njit(nogil=True, cache=True)
-def _pack(codes, out, bits):  # type: ignore[no-untyped-def]
-    """8 runs of codes into `bits` planes of bytes; one loop a plane, so that few pointers need a check for overlap."""
-    n = codes.size // 8
-    if bits == 8:
-        for i in range(codes.size):
-            out[i] = codes[i]
-    elif bits == 4:
-        for p in range(4):
-            c0, c1, plane = (
-                codes[2 * p * n : (2 * p + 1) * n],
-                codes[(2 * p + 1) * n : (2 * p + 2) * n],
-                out[p * n : (p + 1) * n],
-            )
-            for g in range(n):
-                plane[g] = np.uint8(c0[g] | np.uint8(c1[g] << 4))
-    elif bits == 2:
-        for p in range(2):
-            at = 4 * p * n
-            c0, c1, c2, c3 = (
-                codes[at : at + n],
-                codes[at + n : at + 2 * n],
-                codes[at + 2 * n : at + 3 * n],
-                codes[at + 3 * n : at + 4 * n],
-            )
-            plane = out[p * n : (p + 1) * n]
-            for g in range(n):
-                plane[g] = np.uint8(c0[g] | np.uint8(c1[g] << 2) | np.uint8(c2[g] << 4) | np.uint8(c3[g] << 6))
-    else:
-        c0, c1, c2, c3 = codes[:n], codes[n : 2 * n], codes[2 * n : 3 * n], codes[3 * n : 4 * n]
-        c4, c5, c6, c7 = codes[4 * n : 5 * n], codes[5 * n : 6 * n], codes[6 * n : 7 * n], codes[7 * n :]
-        plane = out[:n]
-        for g in range(n):
-            plane[g] = np.uint8(c0[g] | np.uint8(c1[g] << 3) | np.uint8(c2[g] << 6))
-        plane = out[n : 2 * n]
-        for g in range(n):
-            plane[g] = np.uint8(
-                np.uint8(c2[g] >> 2) | np.uint8(c3[g] << 1) | np.uint8(c4[g] << 4) | np.uint8(c5[g] << 7)
-            )
-        plane = out[2 * n :]
-        for g in range(n):
-            plane[g] = np.uint8(np.uint8(c5[g] >> 1) | np.uint8(c6[g] << 2) | np.uint8(c7[g] << 5))
-
-
-@njit(_i64(_f32, _i64_2d, _u32_2d, _u8, _i64, _i64, _f64), nogil=True, cache=True)
-def encode_table(x, table, keys, out, span, bits, clip):  # type: ignore[no-untyped-def]
-    """Quantizes x [elements] into out [bytes], segment by segment; returns the number of bytes written last."""
-    k = _level_count(bits)
-    limit = np.float32(k * 65536)
-    grid = np.int32(_grid_of(bits))
-    codes = np.empty(span, dtype=np.uint8)
-    padded = np.empty(span, dtype=np.float32)
-    scales = np.empty(8, dtype=np.float32)
-    inverses = np.empty(8, dtype=np.float32)
-    number = np.empty(1, dtype=np.float32)
-    word = number.view(np.int32)
-    end = 0
-    for s in range(table.shape[0]):
-        start, numel = table[s, 0], table[s, 1]
-        end = table[s, 2] * bits + table[s, 3] * _SCALE_BYTES
-        key0, key1 = keys[s, 0], keys[s, 1]
-        for b in range((numel + span - 1) // span):
-            begin = start + b * span
-            length = min(span, start + numel - begin)
-            groups = (length + 7) // 8
-            if length == groups * 8:
-                piece = x[begin : begin + length]
-            else:
-                piece = padded[: groups * 8]
-                piece[:length] = x[begin : begin + length]
-                piece[length:] = 0
-            _find_scales(piece, piece.view(np.int32), clip, scales, number, word)
-            out[end] = _encode_scales(scales, word, number, out[end + 1 : end + _SCALE_BYTES])
-            mine = codes[: groups * 8]
-            if out[end] == 255:
-                mine[:] = k
-            else:
-                for j in range(8):
-                    inverses[j] = limit / scales[j] if scales[j] > 0 else np.float32(0)
-                first = (table[s, 4] + b) * (span // 2)
-                _round_span(piece, mine, inverses, limit, grid, first, key0, key1)
-            end += _SCALE_BYTES
-            _pack(mine, out[end : end + groups * bits], bits)
-            end += groups * bits
-    return end
-
-
 # Two loops, not one with a flag, so that neither has a branch inside.
 @njit(nogil=True, cache=True)
-def _unpack_add(codes, out, bits, k, steps):  # type: ignore[no-untyped-def]
+def _unpack_add(codes, out, bits, k, twice, steps):  # type: ignore[no-untyped-def]
     groups = out.size // 8
     mask = np.int32((1 << bits) - 1)
     for j in range(8):
@@ -263,11 +521,11 @@ def _unpack_add(codes, out, bits, k, steps):  # type: ignore[no-untyped-def]
         run = out[j * groups : (j + 1) * groups]
         for g in range(groups):
             code = _shift_right(np.int32(np.int32(first[g]) | np.int32(np.int32(second[g]) << np.int32(8))), shift)
-            run[g] += np.float32(np.int32(np.int32(code & mask) - k)) * step
+            run[g] += np.float32(np.int32(np.int32(np.int32(code & mask) * twice) - k)) * step
 
 
 @njit(nogil=True, cache=True)
-def _unpack(codes, out, bits, k, steps):  # type: ignore[no-untyped-def]
+def _unpack(codes, out, bits, k, twice, steps):  # type: ignore[no-untyped-def]
     groups = out.size // 8
     mask = np.int32((1 << bits) - 1)
     for j in range(8):
@@ -278,13 +536,14 @@ def _unpack(codes, out, bits, k, steps):  # type: ignore[no-untyped-def]
         run = out[j * groups : (j + 1) * groups]
         for g in range(groups):
             code = _shift_right(np.int32(np.int32(first[g]) | np.int32(np.int32(second[g]) << np.int32(8))), shift)
-            run[g] = np.float32(np.int32(np.int32(code & mask) - k)) * step
+            run[g] = np.float32(np.int32(np.int32(np.int32(code & mask) * twice) - k)) * step
 
 
 @njit(types.void(_u8, _i64_2d, _f32, _i64, _i64, _f64, _bool), nogil=True, cache=True)
 def decode_table(payload, table, out, span, bits, factor, add):  # type: ignore[no-untyped-def]
     """Writes (or adds, with `add`) the decoded values times `factor` into out [elements], segment by segment."""
     k = np.int32(_level_count(bits))
+    twice = np.int32(2 if bits == 1 else 1)
     number = np.empty(1, dtype=np.float32)
     word = number.view(np.int32)
     steps = np.empty(8, dtype=np.float32)
@@ -305,14 +564,14 @@ def decode_table(payload, table, out, span, bits, factor, add):  # type: ignore[
             codes = payload[at : at + groups * bits]
             if length < groups * 8:
                 rest = padded[: groups * 8]
-                _unpack(codes, rest, bits, k, steps)
+                _unpack(codes, rest, bits, k, twice, steps)
                 if add:
                     for i in range(length):
                         out[begin + i] += rest[i]
                 else:
                     out[begin : begin + length] = rest[:length]
             elif add:
-                _unpack_add(codes, out[begin : begin + length], bits, k, steps)
+                _unpack_add(codes, out[begin : begin + length], bits, k, twice, steps)
             else:
-                _unpack(codes, out[begin : begin + length], bits, k, steps)
+                _unpack(codes, out[begin : begin + length], bits, k, twice, steps)
             at += groups * bits

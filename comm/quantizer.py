@@ -1,7 +1,8 @@
 """SQ_m with a clip and a scale a block: the one quantizer of both legs. What it computes is told in
 `reference.py`.
 
-CPU tensors go through the numba kernels, others through torch operations of the same arithmetic.
+CPU tensors go through the numba kernels, on torch.get_num_threads() threads where a call is large enough; others
+through torch operations of the same arithmetic.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import reference
+from . import cpu, reference
 from .config import default_block
 from .layout import Shard, single
 
@@ -142,26 +143,11 @@ class Quantizer:
         assert out.numel() >= part.size(self.bits), out.shape
         assert keys.shape == (len(part.table), 2), keys.shape
         x = x.to(torch.float32).contiguous().view(-1)
-        if (
-            x.device.type == "cpu"
-            and self.rounding == "stochastic"
-            and self.sigma == "block"
-            and self.bits in (2, 3, 4, 8)
-        ):
-            from . import kernels
-
-            if residual is not None:
-                for start, numel, *_ in part.table.tolist():
-                    residual[start : start + numel] += x[start : start + numel]
-                x = residual
-            kernels.encode_table(x.numpy(), part.table, keys, out.numpy(), self.span, self.bits, self.clip)
-            if residual is not None:
-                self.decode_shard(out, part, residual, factor=-1.0, add=True)
-            return
         limits = None
         if self.sigma != "block" and self.clip > 0 and self.bits > 1:
             limits = reference.limits(x, part, self.span, self.clip, self.sigma == "row", residual)
-        reference.encode_table(
+        encode = cpu.encode if x.device.type == "cpu" else reference.encode_table
+        encode(
             x,
             part.table,
             keys,
@@ -181,12 +167,8 @@ class Quantizer:
         assert out.numel() >= part.numel, out.shape
         assert payload.numel() >= part.size(self.bits), payload.shape
         assert out.dtype == torch.float32, out.dtype
-        if out.device.type == "cpu" and self.bits > 1:
-            from . import kernels
-
-            kernels.decode_table(payload.numpy(), part.table, out.numpy(), self.span, self.bits, factor, add)
-        else:
-            reference.decode_table(payload, part.table, out, self.span, self.bits, factor, add)
+        decode = cpu.decode if out.device.type == "cpu" else reference.decode_table
+        decode(payload, part.table, out, self.span, self.bits, factor, add)
 
     def _checked(self, payload: Tensor, numel: int) -> Shard:
         part = single(numel, self.span)
