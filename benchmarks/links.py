@@ -1,0 +1,174 @@
+"""The exchange of gradients over shaped links, every contestant in the same run: time against the floor, bytes, error.
+
+    python benchmarks/links.py --quick                           # 4 hosts at 1 Gbit/s, two turns: some minutes
+    python benchmarks/links.py                                   # 2, 4, 8 hosts at 0.1, 1, 10 Gbit/s: see --estimate
+    python benchmarks/links.py --hosts 4 --rate 1gbit --peers "DDP fp32" "tenko 3/4"
+    python benchmarks/links.py --extra "1-bit Adam=/path/python:benchmarks/onebit_rank.py"
+
+Root and iproute2 (lab.py). Hosts are network namespaces; the gradients are those of Transformer-base (link_model.py).
+Contestants take turns in the same processes (A B C, C B A, ...): each is put on the model and warmed up over unshaped
+links, then over shaped ones, then measured. A step's time is that of the slowest rank; figures are medians over all
+turns. The floor is what a rank sent, by the kernel's counter, over the shaped rate. Results go to `--out` (with what
+they were measured on) and, as a table, beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+from lab import UNSHAPED, Lab, bits_per_second, missing
+from link_crew import Crew, Failed, commit, machine
+from link_model import MODELS
+from link_peers import PEERS
+from link_table import markdown, ring_bytes
+
+RESULTS = Path(__file__).parent.parent / "docs" / "results"
+SETUP_SECONDS = 0.9
+"""Of one host's processor, to set a contestant up and take it off, 60M parameters; for estimates."""
+
+
+def arguments() -> argparse.Namespace:
+    """The command line, checked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hosts", type=int, nargs="+", default=[2, 4, 8])
+    parser.add_argument("--rate", nargs="+", default=["1gbit", "100mbit", "10gbit"], help="1gbit ..., or none")
+    parser.add_argument("--model", choices=sorted(MODELS), default="base")
+    parser.add_argument("--peers", nargs="+", help=f"of: {'; '.join(PEERS)}. All but the slow ones by default")
+    parser.add_argument("--extra", nargs="+", default=[], metavar="NAME=PYTHON:SCRIPT", help="see link_rank.py")
+    parser.add_argument("--repeat", type=int, default=3, help="turns of every contestant; at 100mbit and less, one")
+    parser.add_argument("--count", type=int, default=2, help="measured exchanges a turn")
+    parser.add_argument("--compute", type=float, nargs="*", default=[0.3, 1.0], help="seconds of a step's computation")
+    parser.add_argument("--signal", type=float, default=0.0, help="share of the gradients' energy common to all ranks")
+    parser.add_argument("--congestion", default="cubic", help="TCP's congestion control")
+    parser.add_argument("--out", type=Path, default=RESULTS / "links.json")
+    parser.add_argument("--quick", action="store_true", help="4 hosts, 1gbit, 2 turns of 1 exchange")
+    parser.add_argument("--estimate", action="store_true", help="only say how long the run would take")
+    options = parser.parse_args()
+    if options.quick:
+        options.hosts, options.rate, options.repeat, options.count = [4], ["1gbit"], 2, 1
+        options.out = Path(tempfile.gettempdir()) / "links-quick.json"
+    options.extra = dict(extra.split("=", 1) for extra in options.extra)
+    options.peers = options.peers or [name for name, peer in PEERS.items() if not peer.slow]
+    for name in options.peers:
+        if name not in PEERS:
+            parser.error(f"--peers: must be of {', '.join(PEERS)}; is {name}")
+    for rate in options.rate:
+        try:
+            bits_per_second(rate)
+        except ValueError as error:
+            parser.error(str(error))
+    return options
+
+
+def turns(options: argparse.Namespace, rate: str) -> int:
+    """One at slow rates: an exchange takes so long there that the machine's noise is nothing."""
+    return 1 if bits_per_second(rate) <= 1e8 else options.repeat
+
+
+def estimate(options: argparse.Namespace) -> float:
+    """Seconds that the run will take, roughly."""
+    total = 0.0
+    for hosts in options.hosts:
+        for rate in options.rate:
+            step = max(1.3 * ring_bytes(hosts, options.model) * 8 / bits_per_second(rate), 0.3 * hosts)
+            for name in [*options.peers, *options.extra]:
+                cost = PEERS[name].cost if name in PEERS else 0.3
+                seconds = (1 + options.count) * step * cost
+                seconds += options.count * sum(max(c, 0.8 * step * cost) + 0.2 for c in options.compute)
+                total += turns(options, rate) * (seconds + SETUP_SECONDS * hosts * (1 + cost))
+        total += 6 * hosts
+    return total
+
+
+def measure(lab: Lab, crew: Crew, peer: str, rate: str, options: argparse.Namespace, into: dict[str, Any]) -> None:
+    """One turn of one contestant, added to its result."""
+    slowest = ring_bytes(lab.hosts, options.model) * 8 / bits_per_second(rate)
+    patience = 300 + 30 * slowest * (PEERS[peer].cost if peer in PEERS else 1)
+    lab.shape(UNSHAPED)
+    crew.start()
+    answers = crew.ask({"do": "setup", "peer": peer}, timeout=300)
+    into["agree"] = into.get("agree", True) and len({answer["agree"] for answer in answers}) == 1
+    into["error"], into["once"] = answers[0].get("error"), answers[0].get("once")
+    lab.shape(rate)
+    crew.ask({"do": "measure", "count": 1, "compute": 0.0}, timeout=patience)
+    for compute in (0.0, *options.compute):
+        command = {"do": "measure", "count": options.count, "compute": compute}
+        answers = crew.ask(command, timeout=patience * options.count)
+        for step in range(options.count):
+            seconds = max(answer["seconds"][step] for answer in answers)
+            if compute:
+                into.setdefault("steps", {}).setdefault(f"{compute:g}", []).append(seconds)
+                continue
+            into.setdefault("exchange", []).append(seconds)
+            for key in ("sent", "metered"):
+                values = [answer[key][step] for answer in answers]
+                mean = None if None in values else sum(values) / len(values)
+                into.setdefault(key, []).append(mean)
+            into.setdefault("sent_most", []).append(max(answer["sent"][step] for answer in answers))
+            into.setdefault("cpu", []).append(sum(answer["cpu"][step] for answer in answers) / len(answers))
+    crew.ask({"do": "close"}, timeout=120)
+
+
+def main() -> int:
+    """The whole run."""
+    options = arguments()
+    if (why := missing()) is not None:
+        print(f"links: {why}", file=sys.stderr)
+        return 2
+    print(f"about {estimate(options) / 60:.0f} minutes", file=sys.stderr)
+    if options.estimate:
+        return 0
+    document: dict[str, Any] = {
+        "commit": commit(),
+        "command": " ".join(["python", *sys.argv]),
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "machine": machine(),
+        "results": [],
+    }
+    begin = time.monotonic()
+    log = tempfile.NamedTemporaryFile("w", prefix="links-", suffix=".log", delete=False)  # noqa: SIM115
+    print(f"what the ranks say goes to {log.name}", file=sys.stderr)
+    for hosts in options.hosts:
+        with Lab(hosts, congestion=options.congestion) as lab:
+            hello = {"model": options.model, "signal": options.signal}
+            crew = Crew(lab, hello, log)
+            crews = dict.fromkeys(options.peers, crew)
+            for number, (name, where) in enumerate(options.extra.items(), start=1):
+                python, script = where.split(":", 1)
+                crews[name] = Crew(lab, hello, log, python=python, script=script, number=number)
+            for rate in options.rate:
+                results = {name: {"peer": name, "hosts": hosts, "rate": rate, "model": options.model} for name in crews}
+                document["results"] += results.values()
+                for turn in range(turns(options, rate)):
+                    for name in list(crews) if turn % 2 == 0 else reversed(list(crews)):
+                        result = results[name]
+                        if "failed" in result:
+                            continue
+                        try:
+                            measure(lab, crews[name], name, rate, options, result)
+                            said = f"{result['exchange'][-1]:.3f} s"
+                        except Failed as error:
+                            result["failed"] = said = str(error)
+                        past = (time.monotonic() - begin) / 60
+                        print(
+                            f"{past:5.1f} min: {hosts} hosts, {rate}, turn {turn + 1}: {name}: {said}", file=sys.stderr
+                        )
+                    options.out.write_text(json.dumps(document, indent=1) + "\n")
+    table = markdown(document)
+    options.out.with_suffix(".md").write_text(
+        f"# The exchange of gradients over shaped links\n\n`{document['command']}`, commit {document['commit']}, "
+        f"{document['date']}, {document['machine']['cores']} cores of {document['machine']['cpu']}.\n\n{table}"
+    )
+    print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
