@@ -13,20 +13,24 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .config import CommConfig
+    from .config import CommConfig, SplitRule
     from .hook import AllReduce, HalfAllReduce, QuantizedAllReduce
     from .make import make_route
     from .meter import WireMeter
     from .quantizer import Quantizer
     from .route import Route, register
+    from .server import ParameterServer, ServerRoute
 
 __all__ = [
     "AllReduce",
     "CommConfig",
     "HalfAllReduce",
+    "ParameterServer",
     "QuantizedAllReduce",
     "Quantizer",
     "Route",
+    "ServerRoute",
+    "SplitRule",
     "WireMeter",
     "make_route",
     "register",
@@ -38,6 +42,9 @@ _HOME = {
     "HalfAllReduce": "hook",
     "QuantizedAllReduce": "hook",
     "Quantizer": "quantizer",
+    "ParameterServer": "server",
+    "ServerRoute": "server",
+    "SplitRule": "config",
     "Route": "route",
     "WireMeter": "meter",
     "make_route": "make",

@@ -1,8 +1,8 @@
 """Who runs the exchanges: one thread on a CPU, many buckets in flight; a stream of its own on a GPU.
 
-On a CPU the hook hands over generators and returns; the thread runs each until it waits for the wire, then goes on with
-another: encoding the next bucket while the last one's bytes travel keeps the wire full. What is computed does not depend
-on the order, as buckets share nothing.
+On a CPU the hook hands over generators and returns; the thread runs each until it waits for the wire, then goes on
+with another: encoding the next bucket while the last one's bytes travel keeps the wire full. What is computed does not
+depend on the order, as buckets share nothing.
 
 It is a daemon thread, not an executor's: an executor is joined when the interpreter ends, and a rank that failed while
 its peer waits for it must be able to end.

@@ -177,7 +177,7 @@ class LaneRoute(Route):
         yield from self._whole(gradient, last)
 
     def _whole(self, gradient: _Gradient, last: Tensor) -> Exchange:
-        """What a route does with a whole gradient: forget the residuals if it is not finite, as its update is skipped."""
+        """What a route does with a whole gradient: forget the residuals of one that is not finite, and is skipped."""
         if self._feedback is not None and gradient.finite:
             self._feedback.clear_unless(torch.stack(gradient.finite).all())
         return
@@ -245,7 +245,7 @@ class QuantizedAllReduce(LaneRoute):
 
     Args:
         bits: bits an element on the way up, 1 to 8.
-        bits_down: bits an element on the way down, 2 to 8. More than up costs little: the second rounding hits the mean.
+        bits_down: bits an element on the way down, 2 to 8. More than up costs little: this rounding hits the mean.
         clip: clip to so many standard deviations, on both legs; 0 does not clip.
         block: elements that share a scale, a multiple of 8; 0 takes 128, 256 at 2 bits, 512 at 1 bit.
         error_feedback: add to a gradient what quantization left out of the one before (4 bytes a parameter, saved by

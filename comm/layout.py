@@ -67,7 +67,7 @@ class Cut:
         span: elements of a span, 8 times a block.
         parts: how many owners there are.
         rows: elements of a row of every tensor, 0 for those with fewer than two dimensions; default all 0.
-        piece: larger tensors are dealt out in pieces of about so many elements, one after the other; 0 keeps them whole.
+        piece: larger tensors are dealt out in pieces of about so many elements, one by one; 0 keeps them whole.
 
     Spans are dealt out evenly; those that are left over go to the parts whose turn it is, so that small tensors do not
     all fall to the first one.

@@ -24,7 +24,7 @@ class Handle(Protocol):
     """By peer: what came in, complete once the handle is done."""
 
     def wait(self) -> None:
-        """Returns once all has come in and the outgoing buffers may be reused; raises ConnectionError if a peer fails."""
+        """Returns once all has come in and what goes out may be overwritten; raises ConnectionError if a peer fails."""
 
     def then(self, call: Callable[[], None]) -> None:
         """Calls once it is done or has failed, perhaps at once, perhaps on another thread."""

@@ -24,9 +24,9 @@ def make_route(config: CommConfig, seed: int, timeout: float = 1800.0) -> Route:
 
         return Auto(config, seed=seed, timeout=timeout)
     if config.route in ("server", "split"):
-        from .mixed import Mixed
+        from .server import ServerRoute
 
-        return Mixed(config, seed=seed, timeout=timeout)
+        return ServerRoute(config.split, config, seed=seed, timeout=timeout)
     return QuantizedAllReduce(
         config.bits,
         config.bits_down,

@@ -1,8 +1,8 @@
 """Plain TCP sockets between all ranks of a group, both directions busy at once: the link on CPUs.
 
 gloo's exchanges often run half-duplex (docs/results/gloo_duplex.md), which alone doubles the time of an exchange. Here
-one thread a rank waits on all sockets and moves whatever can be moved, in and out; arithmetic goes on meanwhile on other
-threads. Nothing that comes in is interpreted beyond a header of two integers.
+one thread a rank waits on all sockets and moves whatever can be moved, in and out, beside the threads that compute.
+Nothing that comes in is interpreted beyond a header of two integers.
 
 The listener is bound to one address, the one that reaches the master (`MASTER_ADDR`), so loopback for a job on one
 machine; `TENKO_ADDRESS` or GLOO_SOCKET_IFNAME's interface decide otherwise. It takes only peers that know a token,
@@ -32,6 +32,7 @@ from torch import Tensor
 _HEADER = struct.Struct("<QQ")  # tag, bytes
 _HELLO = struct.Struct("<16sI")  # token, rank
 _TURN = 1 << 20  # bytes moved for one peer before the next one has its turn
+_UNSENT = 256 << 10  # bytes that may wait in a socket: short queues, which matters under BBR and at 10 Gbit/s
 _CONNECT_SECONDS = 60.0
 
 
@@ -396,7 +397,14 @@ def _tune(sock: socket.socket) -> None:
     sock.setblocking(False)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 6), ("TCP_USER_TIMEOUT", 45_000)):
+    options = (
+        ("TCP_NOTSENT_LOWAT", _UNSENT),
+        ("TCP_KEEPIDLE", 15),
+        ("TCP_KEEPINTVL", 5),
+        ("TCP_KEEPCNT", 6),
+        ("TCP_USER_TIMEOUT", 45_000),
+    )
+    for option, value in options:
         if hasattr(socket, option):
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
@@ -404,7 +412,7 @@ def _tune(sock: socket.socket) -> None:
 def _bytes(buffer: Tensor) -> memoryview:
     assert buffer.dtype == torch.uint8, buffer.dtype
     assert buffer.is_contiguous()
-    return memoryview(buffer.numpy()).cast("B") if buffer.numel() else memoryview(b"")
+    return memoryview(buffer.numpy().data).cast("B") if buffer.numel() else memoryview(b"")
 
 
 def _gather_json(value: object, group: dist.ProcessGroup | None, room: int = 256) -> list[dict[str, str]]:

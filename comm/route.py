@@ -3,11 +3,12 @@
 # No `from __future__ import annotations`: DDP compares the annotations of a hook with classes, not with their names.
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .meter import WireMeter
@@ -54,6 +55,23 @@ class Route(ABC):
     @abstractmethod
     def _exchange(self, buffer: Tensor, bucket: dist.GradBucket, step: int) -> torch.futures.Future[Tensor]:
         """Starts turning `buffer` into its mean, in place."""
+
+    def optimizer(
+        self,
+        parameters: Iterable[tuple[str, nn.Parameter]],
+        *,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+    ) -> torch.optim.Optimizer:
+        """The optimizer that goes with the route: fused AdamW on every rank, unless owners of shards step."""
+        trained = [parameter for _, parameter in parameters if parameter.requires_grad]
+        return torch.optim.AdamW(trained, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
+
+    def total_norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
+        """Norm of the whole gradient, the same on all ranks: fp32 []."""
+        return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
     def state_dict(self) -> dict[str, Any]:
         """Plain figures; the process group is not in it. A rank's own: save it on every rank."""

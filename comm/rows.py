@@ -8,6 +8,7 @@ touched again. Lengths differ from update to update, so messages tell them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ class RowsLane(Lane):
         residual = context.residual(portion.bucket)
         kept = None if residual is None else _matrix(residual, portion, count)
         bounds = [count * i // n for i in range(n + 1)]
-        ranges = [slice(low, high) for low, high in zip(bounds, bounds[1:], strict=False)]
+        ranges = [slice(low, high) for low, high in pairwise(bounds)]
         touched = (gradient != 0).any(dim=1)
         sent = [
             self._encode(self.up, gradient[r], touched[r], kept[r] if kept is not None else None,

@@ -81,14 +81,17 @@ class Trainer:
         )
         self.wrapped, self.route = wrap(ModelWithLoss(model, config.label_smoothing).to(self.device))
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(
-            self.parameters.values(),
-            lr=config.lr,
-            betas=config.adam_betas,
-            eps=config.adam_eps,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
+        settings: dict[str, Any] = {
+            "lr": config.lr,
+            "betas": config.adam_betas,
+            "eps": config.adam_eps,
+            "weight_decay": config.weight_decay,
+        }
+        self.optimizer: torch.optim.Optimizer
+        if self.route is not None:  # a parameter server's owners step their shards
+            self.optimizer = self.route.optimizer(self.parameters.items(), **settings)
+        else:
+            self.optimizer = torch.optim.AdamW(self.parameters.values(), fused=True, **settings)
         self.updates = 0
         self.best = Best()
         self.seconds = 0.0
@@ -130,13 +133,16 @@ class Trainer:
 
     def _step(self) -> None:
         self.scaler.unscale_(self.optimizer)
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        if self.route is not None:
+            norm = self.route.total_norm(self.parameters.values())
+        else:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
         if self.config.clip_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.config.clip_norm, norm)
         overflow = (~torch.isfinite(norm)).float()
         if not self.scaler.is_enabled():
-            # The fused optimizer leaves weights and moments alone when this is 1: a skipped step without a wait.
+            # The fused optimizer leaves weights and moments alone when this is 1: a skipped step without a wait. (A
+            # server's optimizer looks at it.)
             self.optimizer.found_inf = overflow  # type: ignore[attr-defined]
         self.scaler.step(self.optimizer)
         self.scaler.update()

@@ -314,6 +314,10 @@ def fail(_: Path) -> None:
 SCENARIOS = {f.__name__: f for f in (agree, bounds, overflow, no_sync, meter, plain, cut, resume, refuse, fail)}
 
 if __name__ == "__main__":
+    sys.modules["hook_worker"] = sys.modules["__main__"]  # the other scenarios import from here
+    from lane_scenarios import SCENARIOS as MORE
+
+    SCENARIOS |= MORE
     dist.init_process_group("gloo")
     assert dist.get_world_size() == int(sys.argv[1]), dist.get_world_size()
     for name in sys.argv[3:]:

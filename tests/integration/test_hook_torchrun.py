@@ -11,6 +11,7 @@ import pytest
 
 WORKER = Path(__file__).with_name("hook_worker.py")
 SCENARIOS = ["agree", "bounds", "overflow", "no_sync", "meter", "plain", "refuse"]
+LANES = ["half", "nodes", "rows", "sparsity", "server", "server_overflow", "portions"]
 pytestmark = pytest.mark.torchrun
 
 
@@ -55,6 +56,13 @@ def test_two_ranks_agree_and_bytes_are_counted(two_ranks: subprocess.CompletedPr
 def test_four_ranks_agree_and_bytes_are_counted(folder: Path) -> None:
     done = torchrun(4, folder, *SCENARIOS)
     assert held(done) == SCENARIOS, done.stderr[-4000:]
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_other_routes_agree_and_learn(folder: Path, ranks: int) -> None:
+    done = torchrun(ranks, folder, *LANES)
+    assert held(done) == LANES, done.stderr[-4000:]
     assert done.returncode == 0, done.stderr[-4000:]
 
 

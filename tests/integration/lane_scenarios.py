@@ -1,0 +1,244 @@
+"""Scenarios of `hook_worker.py` for the routes beyond flat quantized all-reduce."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from hook_worker import (
+    Model,
+    assert_ranks_agree,
+    batch,
+    counted_bytes,
+    exact_mean,
+    flat,
+    loss_of,
+    wrapped,
+)
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from tenko.comm import CommConfig, HalfAllReduce, ParameterServer, QuantizedAllReduce, SplitRule, make_route, register
+from tenko.comm.lanes import PORTION
+from tenko.comm.server import ServerRoute
+
+
+def relative_error(model: DistributedDataParallel, step: int) -> float:
+    exact = torch.cat([mean.reshape(-1) for mean in exact_mean(step)[0]])
+    return float((flat(model, gradients=True) - exact).norm() / exact.norm())
+
+
+def half(_: Path) -> None:
+    """fp16 and bf16 numbers both ways: half the bytes, almost the exact mean."""
+    for dtype, most in ((torch.float16, 2e-3), (torch.bfloat16, 2e-2)):
+        route = HalfAllReduce(dtype)
+        model = wrapped(route)
+        loss_of(model, 0).backward()
+        assert_ranks_agree(flat(model, gradients=True))
+        error = relative_error(model, 0)
+        assert 0 < error < most, error
+        sent = torch.tensor([float(route.meter.bytes_sent), route.meter.fp32_bytes])
+        dist.all_reduce(sent)
+        assert sent[0] * 2 == sent[1], "over all ranks, exactly half of a ring's fp32"
+        route.close()
+
+
+def nodes(_: Path) -> None:
+    """Two nodes: what is quantized is the nodes' mean, so identical ranks of a node add no error, and few bytes cross."""
+    n = dist.get_world_size()
+    os.environ["GROUP_RANK"] = str(dist.get_rank() * 2 // n)
+    os.environ["LOCAL_WORLD_SIZE"] = str(n // 2)
+    node, flat_route = QuantizedAllReduce(levels="node", block=64), QuantizedAllReduce(block=64)
+    models = [wrapped(node), wrapped(flat_route)]
+    for step in range(4):
+        for model in models:
+            model.zero_grad()
+            loss_of(model, step).backward()
+            assert_ranks_agree(flat(model, gradients=True))
+    assert relative_error(models[0], 3) < 1.1 * relative_error(models[1], 3) + 0.05
+    sent = torch.tensor([node.meter.bytes_sent, flat_route.meter.bytes_sent, node.meter.node_bytes]).double()
+    dist.all_reduce(sent)
+    # over all ranks everything crosses N - 1 times each way, N nodes or ranks
+    assert sent[0] / sent[1] == pytest.approx((2 - 1) / (n - 1), rel=0.01), sent
+    numel = sum(p.numel() for p in Model().parameters() if p.requires_grad)
+    assert sent[2] == 4 * 2 * 4 * numel * (n - 2), "fp32 inside the nodes, both ways"
+    exact = QuantizedAllReduce(levels="node")
+    os.environ["GROUP_RANK"], os.environ["LOCAL_WORLD_SIZE"] = "0", str(n)
+    model = wrapped(exact)
+    loss_of(model, 0).backward()
+    assert relative_error(model, 0) > 1e-3, "one node alone still quantizes once, as its owner would"
+    for route in (node, flat_route, exact):
+        route.close()
+
+
+def rows(_: Path) -> None:
+    """Only touched rows of the embedding travel; the others have no gradient afterwards."""
+    rules = (
+        SplitRule(route="rows", match=("embedding*",)),
+        SplitRule(route="all_reduce", match=("*",), exclude=("embedding*",)),
+    )
+    config = CommConfig(route="split", split=rules, bits=8, bits_down=8, clip=0)
+    route = ServerRoute(rules, config)
+    model = wrapped(route)
+    assert route.routes["embedding.weight"] == "rows"
+    everywhere = QuantizedAllReduce(8, 8, 0)
+    other = wrapped(everywhere)
+    for step in range(3):
+        for each in (model, other):
+            each.zero_grad()
+            loss_of(each, step).backward()
+        assert_ranks_agree(flat(model, gradients=True))
+        assert relative_error(model, step) < 0.03
+        touched = torch.zeros(211)
+        touched[batch(step).flatten()] = 1
+        dist.all_reduce(touched)
+        gradient = model.module.embedding.weight.grad
+        assert torch.equal(gradient.any(dim=1), touched > 0)
+    assert route.meter.bytes_sent < 0.95 * everywhere.meter.bytes_sent
+    for each in (route, everywhere):
+        each.close()
+
+
+def sparsity(_: Path) -> None:
+    """A rule by sparsity decides after the first gradient, on all ranks alike; the decision is in the state."""
+    rules = (
+        SplitRule(route="rows", min_dims=2, min_sparsity=0.2),
+        SplitRule(route="all_reduce", min_dims=2, max_sparsity=0.2),
+        SplitRule(route="fp32", max_dims=1),
+    )
+    route = ServerRoute(rules, CommConfig(route="split", split=rules))
+    model = wrapped(route)
+    assert route.routes["layers.0.weight"] == "first gradient"
+    loss_of(model, 0).backward()
+    assert relative_error(model, 0) < 1e-5, "the first gradient is exact"
+    assert route.routes["embedding.weight"] == "rows"
+    assert {route.routes[f"layers.{i}.weight"] for i in (0, 2, 4)} == {"all_reduce"}
+    assert route.routes["layers.0.bias"] == "fp32"
+    again = ServerRoute(rules, CommConfig(route="split", split=rules))
+    other = wrapped(again)
+    again.load_state_dict(route.state_dict())
+    assert again.routes == route.routes
+    for each in (model, other):
+        each.zero_grad()
+        loss_of(each, 1).backward()
+    assert torch.equal(flat(model, gradients=True), flat(other, gradients=True))
+    assert_ranks_agree(flat(model, gradients=True))
+    for each in (route, again):
+        each.close()
+    narrow = (SplitRule(route="fp32", match=("layers*",)),)
+    with pytest.raises(ValueError, match="no rule takes scale"):
+        wrapped(ServerRoute(narrow, CommConfig(route="split", split=narrow)))
+
+
+def server(folder: Path) -> None:
+    """Owners of shards step: like AdamW on every rank where nothing is quantized; ranks agree; cut and resumed."""
+    rank = dist.get_rank()
+    plain, thin = make_route(CommConfig(route="fp32"), 0), ParameterServer(bits=8, weight_bits=32, clip=0)
+    models = [wrapped(plain), wrapped(thin)]
+    optimizers = [
+        route.optimizer(m.named_parameters(), lr=1e-2, weight_decay=0.1)
+        for route, m in zip((plain, thin), models, strict=True)
+    ]
+    for step in range(8):
+        for model, optimizer, route in zip(models, optimizers, (plain, thin), strict=True):
+            optimizer.zero_grad()
+            loss_of(model, step).backward()
+            norm = route.total_norm(model.parameters())
+            assert_ranks_agree(norm.view(1))
+            optimizer.step()
+            assert_ranks_agree(flat(model))
+    assert (flat(models[0]) - flat(models[1])).norm() < 0.05 * flat(models[0]).norm()
+    thin.close()
+
+    def fresh() -> tuple[ServerRoute, DistributedDataParallel, torch.optim.Optimizer]:
+        route = ParameterServer(bits=3, weight_bits=4, seed=3)
+        model = wrapped(route)
+        return route, model, route.optimizer(model.named_parameters(), lr=1e-2)
+
+    def go(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+        for step in steps:
+            optimizer.zero_grad()
+            loss_of(model, step).backward()
+            optimizer.step()
+
+    route, model, optimizer = fresh()
+    weight = model.module.layers[2].weight.detach().flatten()[:256]
+    assert len(weight.unique()) <= 15, "4 bits, from the beginning"
+    first = float(loss_of(model.module, 0))
+    go(model, optimizer, range(5))
+    saved = {"model": model.module.state_dict(), "optimizer": optimizer.state_dict(), "route": route.state_dict()}
+    torch.save(saved, folder / f"server-{rank}.pt")
+    go(model, optimizer, range(5, 25))
+    assert_ranks_agree(flat(model))
+    assert float(loss_of(model.module, 0)) < first / 4, "it learns"
+    end = flat(model).clone()
+    owner = route.state_dict()["server"]
+    assert owner["weights"].numel() < 0.75 * flat(model).numel(), "a shard, not the whole"
+    route.close()
+    saved = torch.load(folder / f"server-{rank}.pt", weights_only=True)
+    route, model, optimizer = fresh()
+    model.module.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    route.load_state_dict(saved["route"])
+    go(model, optimizer, range(5, 25))
+    assert torch.equal(flat(model), end), "resumed equals uncut"
+    route.close()
+
+
+def server_overflow(_: Path) -> None:
+    """An inf on one rank, in a shard of another: the loss scaler skips on all ranks, and the next update is taken."""
+    rules = (SplitRule(route="server", min_dims=2), SplitRule(route="all_reduce", max_dims=1))
+    for config in (CommConfig(route="server"), CommConfig(route="split", split=rules)):
+        route = make_route(config, 1)
+        model = wrapped(route)
+        optimizer = route.optimizer(model.named_parameters(), lr=1e-2)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        poison = {"on": False}
+
+        def spoil(gradient: Tensor, poison: dict[str, bool] = poison) -> Tensor:
+            if poison["on"] and dist.get_rank() == dist.get_world_size() - 1:
+                gradient = gradient.clone()
+                gradient.view(-1)[5] = float("inf")
+            return gradient
+
+        model.module.layers[2].weight.register_hook(spoil)
+        for step in range(4):
+            poison["on"] = step == 2
+            before, scale = flat(model).clone(), scaler.get_scale()
+            optimizer.zero_grad()
+            scaler.scale(loss_of(model, step)).backward()
+            assert torch.isfinite(route.total_norm(model.parameters())) == (not poison["on"])
+            scaler.step(optimizer)
+            scaler.update()
+            assert_ranks_agree(flat(model))
+            assert torch.equal(flat(model), before) is poison["on"]
+            assert scaler.get_scale() == (scale / 2 if poison["on"] else scale)
+        route.close()
+
+
+def portions(_: Path) -> None:
+    """A tensor larger than a portion travels in several, and arrives as one."""
+    torch.manual_seed(3)
+    module = nn.Embedding(3 * PORTION // 512 + 7, 512)
+    route = QuantizedAllReduce(8, 8, clip=0)
+    model = DistributedDataParallel(module)
+    register(model, route)
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    weight = torch.randn(module.weight.shape, generator=generator)
+    with counted_bytes(route) as sent:
+        (model(torch.arange(module.num_embeddings)) * weight).sum().backward()
+    exact = weight.clone()
+    dist.all_reduce(exact)
+    exact /= dist.get_world_size()
+    assert len(next(iter(route._portions.values()))) >= 3
+    assert module.weight.grad is not None
+    assert (module.weight.grad - exact).norm() < 0.02 * exact.norm()
+    assert_ranks_agree(module.weight.grad.view(-1))
+    assert sent["up"] == route.meter.up_bytes
+    route.close()
+
+
+SCENARIOS = {f.__name__: f for f in (half, nodes, rows, sparsity, server, server_overflow, portions)}
