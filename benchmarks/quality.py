@@ -1,10 +1,12 @@
-"""What do 3-bit gradients cost in BLEU? The same recipe with quantized and with fp32 communication, several seeds each.
+"""What do thin wires cost in BLEU? The same recipe by several routes, several seeds each.
 
-    python benchmarks/quality.py                     # recipes/demo.yaml, seeds 1 2 3: six runs
-    python benchmarks/quality.py --set train.max_update=500 --seeds 1 2
+    python benchmarks/quality.py                     # recipes/demo.yaml, seeds 1 2 3, four routes: twelve runs
+    python benchmarks/quality.py --set train.max_update=500 --seeds 1 2 --routes fp32 server
 
-Runs go to --runs; what is finished there is not done again. The table gives test BLEU of each run, and the mean
-difference of the pairs (same seed, same data order, same initial weights) with its 95 % interval by Student's t.
+Runs go to --runs; what is finished there is not done again. With --json, figures of earlier calls are read from that
+file and kept, so that routes may be added one by one. The table gives test BLEU of each run, and each route's mean
+difference from fp32 over the pairs (same seed, same data order, same initial weights) with its 95 % interval by
+Student's t.
 """
 
 from __future__ import annotations
@@ -19,7 +21,18 @@ from pathlib import Path
 
 # 97.5 % quantiles of Student's t for 1 to 9 degrees of freedom.
 T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-ROUTES = {"3/4 bits": [], "fp32": ["comm.route=fp32"]}
+SPLIT = (
+    "comm.split=[{route: server, match: ['*embed_tokens*']}, {route: fp32, max_dims: 1}, "
+    "{route: all_reduce, min_dims: 2, exclude: ['*embed_tokens*']}]"
+)
+ROUTES = {
+    "fp32": ["comm.route=fp32"],
+    "3/4 bits": [],
+    "server": ["comm.route=server"],
+    "split": ["comm.route=split", SPLIT],
+}
+"""server: 3-bit gradients up, LAQ weights of 4 bits down. split: the embeddings to such a server, vectors in fp32, the
+other matrices at 3/4 bits."""
 
 
 def run(recipe: str, directory: Path, settings: list[str]) -> dict:
@@ -46,29 +59,45 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="at most 10")
     parser.add_argument("--runs", type=Path, default=Path("runs/quality"))
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings for all runs")
-    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--routes", nargs="+", choices=ROUTES, default=list(ROUTES), metavar="ROUTE")
+    parser.add_argument("--json", type=Path, help="add the figures to those in this file")
     options = parser.parse_args()
     options.runs.mkdir(parents=True, exist_ok=True)
-    results: dict[str, list[dict]] = {route: [] for route in ROUTES}
-    for seed in options.seeds:
-        for route, settings in ROUTES.items():
+    results: dict[str, dict[str, dict]] = {}
+    if options.json and options.json.exists():
+        results = json.loads(options.json.read_text())
+    for route in options.routes:
+        for seed in options.seeds:
             name = f"{route.replace('/', '-').replace(' ', '-')}-seed-{seed}"
-            results[route].append(run(options.recipe, options.runs / name, [f"seed={seed}", *settings, *options.set]))
-            print(f"{route}, seed {seed}: BLEU {results[route][-1]['bleu']:.2f}", flush=True)
-    print(f"\n{'communication':14}  {'BLEU by seed':24}  mean   chrF   bytes sent by a rank")
+            done = run(options.recipe, options.runs / name, [f"seed={seed}", *ROUTES[route], *options.set])
+            results.setdefault(route, {})[str(seed)] = done
+            print(f"{route}, seed {seed}: BLEU {done['bleu']:.2f}", flush=True)
+            if options.json:
+                options.json.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    print(table(results))
+
+
+def table(results: dict[str, dict[str, dict]]) -> str:
+    """Of results by route and seed."""
+    lines = [
+        "| route | BLEU by seed | mean | less fp32 (95 % interval) | chrF | MB sent by a rank |",
+        "|---|---|---|---|---|---|",
+    ]
+    full = results.get("fp32", {})
     for route, found in results.items():
-        bleus = [r["bleu"] for r in found]
-        chrf = statistics.mean(r["chrf"] for r in found)
-        print(
-            f"{route:14}  {' '.join(f'{b:.2f}' for b in bleus):24}  {statistics.mean(bleus):.2f}  {chrf:.2f}  "
-            f"{found[0]['wire']['bytes_sent'] / 1e6:,.0f} MB"
+        bleus = {seed: r["bleu"] for seed, r in found.items()}
+        pairs = [bleu - full[seed]["bleu"] for seed, bleu in bleus.items() if seed in full]
+        difference = ""
+        if route != "fp32" and pairs:
+            mean, half = interval(pairs)
+            difference = f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f})"
+        wire = next(iter(found.values()))["wire"]["bytes_sent"] / 1e6
+        lines.append(
+            f"| {route} | {' '.join(f'{b:.2f}' for b in bleus.values())} | {statistics.mean(bleus.values()):.2f} "
+            f"| {difference} | {statistics.mean(r['chrf'] for r in found.values()):.2f} | {wire:,.0f} |"
         )
-    thin, full = results.values()
-    mean, half = interval([a["bleu"] - b["bleu"] for a, b in zip(thin, full, strict=True)])
-    print(f"\n3/4 bits less fp32: {mean:+.2f} BLEU in the mean, 95 % interval {mean - half:+.2f} to {mean + half:+.2f}")
-    print(thin[0]["bleu_signature"])
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    signature = next(iter(next(iter(results.values())).values()))["bleu_signature"]
+    return "\n".join([*lines, "", signature])
 
 
 if __name__ == "__main__":
