@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .auto import Auto
     from .config import CommConfig, SplitRule
     from .hook import AllReduce, HalfAllReduce, QuantizedAllReduce
     from .make import make_route
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AllReduce",
+    "Auto",
     "CommConfig",
     "HalfAllReduce",
     "ParameterServer",
@@ -38,6 +40,7 @@ __all__ = [
 
 _HOME = {
     "AllReduce": "hook",
+    "Auto": "auto",
     "CommConfig": "config",
     "HalfAllReduce": "hook",
     "QuantizedAllReduce": "hook",

@@ -95,6 +95,7 @@ class LaneRoute(Route):
         self._portions: dict[tuple[int, ...], list[tuple[Lane, Portion]]] = {}
         self._gradient: _Gradient | None = None
         self._tag = 0
+        self._lender: LaneRoute | None = None
 
     # Putting it on a model
 
@@ -119,7 +120,14 @@ class LaneRoute(Route):
         for lane in self.lanes.values():
             lane.bind(context)
 
+    def share(self, lender: "LaneRoute") -> None:
+        """Uses the connections of another route of the same model, which takes turns with this one."""
+        self._lender = lender
+
     def _connect(self, device: torch.device) -> None:
+        if self._lender is not None:
+            self._link, self._exchanger = self._lender._link, self._lender._exchanger
+            return
         if device.type == "cpu":
             from . import kernels  # noqa: F401  (compiled or loaded here, before the first exchange)
             from .mesh import Mesh
@@ -214,6 +222,8 @@ class LaneRoute(Route):
             self._feedback.load_state_dict(state["feedback"])
 
     def close(self) -> None:
+        if self._lender is not None:
+            self._exchanger = self._link = None
         if self._exchanger is not None:
             self._exchanger.close()
             self._exchanger = None

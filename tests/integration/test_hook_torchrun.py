@@ -11,7 +11,7 @@ import pytest
 
 WORKER = Path(__file__).with_name("hook_worker.py")
 SCENARIOS = ["agree", "bounds", "overflow", "no_sync", "meter", "plain", "refuse"]
-LANES = ["half", "nodes", "rows", "sparsity", "server", "server_overflow", "portions"]
+LANES = ["half", "nodes", "rows", "sparsity", "server", "server_overflow", "portions", "auto"]
 pytestmark = pytest.mark.torchrun
 
 
