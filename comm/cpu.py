@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .reference import Limits
+from .reference import Limits, level_count
 
 LEAST = 1 << 16
 """Elements that a thread must get to be worth waking."""
@@ -119,15 +119,48 @@ def decode(
     factor: float,
     add: bool,
     *,
+    given: Tensor | None = None,
+    levels: int = 0,
     threads: int = 0,
 ) -> None:
     """`reference.decode_table` on several threads."""
     from . import kernels
 
     codes, values = payload.numpy(), out.numpy()
-    spread(
-        table,
-        span,
-        threads,
-        lambda rows, of: kernels.decode_table(codes, rows, values, span, bits, factor, add),
-    )
+    scales = _NO_BYTES if given is None else given.numpy()
+    k = levels or level_count(bits)
+
+    def work(rows: np.ndarray, _: np.ndarray) -> None:
+        kernels.decode_table(codes, scales, rows, values, span, bits, k, factor, add)
+
+    spread(table, span, threads, work)
+
+
+def add_codes(
+    payload: Tensor, table: np.ndarray, sums: Tensor, span: int, bits: int, first: bool, *, threads: int = 0
+) -> None:
+    """`reference.add_codes` on several threads."""
+    from . import kernels
+
+    codes, totals, k = payload.numpy(), sums.numpy(), level_count(bits)
+    spread(table, span, threads, lambda rows, _: kernels.add_codes(codes, rows, totals, span, bits, k, first))
+
+
+def pack_sums(
+    sums: Tensor, table: np.ndarray, out: Tensor, span: int, bits: int, levels: int, *, threads: int = 0
+) -> None:
+    """`reference.pack_sums` on several threads."""
+    from . import kernels
+
+    totals, codes = sums.numpy(), out.numpy()
+    spread(table, span, threads, lambda rows, _: kernels.pack_sums(totals, rows, codes, span, bits, levels))
+
+
+def sums_to_values(
+    sums: Tensor, given: Tensor, table: np.ndarray, out: Tensor, span: int, levels: int, *, threads: int = 0
+) -> None:
+    """`reference.sums_to_values` on several threads."""
+    from . import kernels
+
+    totals, scales, values = sums.numpy(), given.numpy(), out.numpy()
+    spread(table, span, threads, lambda rows, _: kernels.sums_to_values(totals, scales, rows, values, span, levels))

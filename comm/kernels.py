@@ -31,6 +31,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from .decode_kernels import add_codes, decode_table, pack_sums, sums_to_values
 from .layout import SCALE_BYTES
 from .reference import (
     HALF,
@@ -44,6 +45,8 @@ from .reference import (
     grid_of,
     level_count,
 )
+
+__all__ = ["add_codes", "decode_table", "encode_table", "pack_sums", "sums_to_values"]
 
 _INF_BITS = np.int32(0x7F800000)
 _MIN_SCALE = MIN_SCALE
@@ -416,13 +419,13 @@ def _gather(padded, values, groups, stride):  # type: ignore[no-untyped-def]
 def encode_table(  # type: ignore[no-untyped-def]
     x, residual, table, keys, out, given, limits, limit_at, limit_rows, span, bits, clip, nearest
 ):
-    """Quantizes x [elements] into out [bytes], segment by segment.
+    """Quantizes x [elements] into out [bytes], segment by segment; 0 bits: scales alone, and residual only read.
 
     residual [elements] (empty: none), given [spans * 9] (empty: none) and limits with their places (empty: none) are
     those of `reference.encode_table`.
     """
     feedback, mean = residual.size > 0, bits == 1
-    k = np.float32(_level_count(bits))
+    k = np.float32(_level_count(max(bits, 1)))
     limit = np.float32(k * np.float32(65536))
     random, centre = (np.uint32(0), _NEAREST) if nearest else (np.uint32(0xFFFFFFFF), np.uint32(0))
     room = (span // 8 + LANES - 1) // LANES * LANES
@@ -442,7 +445,7 @@ def encode_table(  # type: ignore[no-untyped-def]
             begin = start + b * span
             length = min(span, start + numel - begin)
             groups = (length + 7) // 8
-            whole = groups % LANES == 0 and length == groups * 8
+            whole = groups % LANES == 0 and length == groups * 8 and not (feedback and bits == 0)
             if whole:
                 stride = groups
                 piece, left = x[begin : begin + length], residual[begin : begin + length]
@@ -470,6 +473,8 @@ def encode_table(  # type: ignore[no-untyped-def]
                 out[end] = exponent
                 out[end + 1 : end + _SCALE_BYTES] = heads[:8]
                 end += _SCALE_BYTES
+                if bits == 0:
+                    continue
             dead = exponent == 255
             if dead:  # codes of zeros, and a residual that is NaN throughout
                 piece = padded[: 8 * stride]
@@ -494,84 +499,3 @@ def encode_table(  # type: ignore[no-untyped-def]
             elif feedback and not whole:
                 _gather(piece, residual[begin : begin + length], groups, stride)
             end += groups * bits
-
-
-def _shift_right_intrinsic(_context: Any, _value: Any, _count: Any) -> Any:
-    """value >> count in 32 bits: numba's own would widen to 64, and halve the lanes."""
-
-    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        return builder.ashr(arguments[0], arguments[1])
-
-    return types.int32(types.int32, types.int32), generate
-
-
-_shift_right: Any = intrinsic(_shift_right_intrinsic)
-
-
-# Two loops, not one with a flag, so that neither has a branch inside.
-@njit(nogil=True, cache=True)
-def _unpack_add(codes, out, bits, k, twice, steps):  # type: ignore[no-untyped-def]
-    groups = out.size // 8
-    mask = np.int32((1 << bits) - 1)
-    for j in range(8):
-        plane, shift, step = j * bits // 8, np.int32(j * bits % 8), steps[j]
-        beyond = plane + 1 if shift + bits > 8 else plane
-        first = codes[plane * groups : (plane + 1) * groups]
-        second = codes[beyond * groups : (beyond + 1) * groups]
-        run = out[j * groups : (j + 1) * groups]
-        for g in range(groups):
-            code = _shift_right(np.int32(np.int32(first[g]) | np.int32(np.int32(second[g]) << np.int32(8))), shift)
-            run[g] += np.float32(np.int32(np.int32(np.int32(code & mask) * twice) - k)) * step
-
-
-@njit(nogil=True, cache=True)
-def _unpack(codes, out, bits, k, twice, steps):  # type: ignore[no-untyped-def]
-    groups = out.size // 8
-    mask = np.int32((1 << bits) - 1)
-    for j in range(8):
-        plane, shift, step = j * bits // 8, np.int32(j * bits % 8), steps[j]
-        beyond = plane + 1 if shift + bits > 8 else plane
-        first = codes[plane * groups : (plane + 1) * groups]
-        second = codes[beyond * groups : (beyond + 1) * groups]
-        run = out[j * groups : (j + 1) * groups]
-        for g in range(groups):
-            code = _shift_right(np.int32(np.int32(first[g]) | np.int32(np.int32(second[g]) << np.int32(8))), shift)
-            run[g] = np.float32(np.int32(np.int32(np.int32(code & mask) * twice) - k)) * step
-
-
-@njit(types.void(_u8, _i64_2d, _f32, _i64, _i64, _f64, _bool), nogil=True, cache=True)
-def decode_table(payload, table, out, span, bits, factor, add):  # type: ignore[no-untyped-def]
-    """Writes (or adds, with `add`) the decoded values times `factor` into out [elements], segment by segment."""
-    k = np.int32(_level_count(bits))
-    twice = np.int32(2 if bits == 1 else 1)
-    number = np.empty(1, dtype=np.float32)
-    word = number.view(np.int32)
-    steps = np.empty(8, dtype=np.float32)
-    padded = np.empty(span, dtype=np.float32)
-    for s in range(table.shape[0]):
-        start, numel = table[s, 0], table[s, 1]
-        at = table[s, 2] * bits + table[s, 3] * _SCALE_BYTES
-        for b in range((numel + span - 1) // span):
-            begin = start + b * span
-            length = min(span, start + numel - begin)
-            groups = (length + 7) // 8
-            word[0] = np.int32(payload[at]) << np.int32(23)
-            base = np.float32(np.nan) if payload[at] == 255 else number[0]
-            for j in range(8):
-                scale = np.float32(base * _SCALES[payload[at + 1 + j]])
-                steps[j] = np.float32(np.float32(scale / np.float32(k)) * np.float32(factor))
-            at += _SCALE_BYTES
-            codes = payload[at : at + groups * bits]
-            if length < groups * 8:
-                rest = padded[: groups * 8]
-                _unpack(codes, rest, bits, k, twice, steps)
-                if add:
-                    for i in range(length):
-                        out[begin + i] += rest[i]
-                else:
-                    out[begin : begin + length] = rest[:length]
-            elif add:
-                _unpack_add(codes, out[begin : begin + length], bits, k, twice, steps)
-            else:
-                _unpack(codes, out[begin : begin + length], bits, k, twice, steps)
-            at += groups * bits

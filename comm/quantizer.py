@@ -116,7 +116,8 @@ class Quantizer:
             keys: of `reference.key_words`.
             out: uint8 [part's bytes or more].
         """
-        self._encode(x, None, part, keys, out)
+        assert out.numel() >= part.size(self.bits), out.shape
+        self.encode_bits(self.bits, x, part, keys, out)
 
     def encode_feedback(self, x: Tensor, residual: Tensor, part: Shard, keys: np.ndarray, out: Tensor) -> None:
         """As `encode_shard`, of v = x + residual; leaves v - decoded(v) in residual, in one pass over memory.
@@ -129,22 +130,26 @@ class Quantizer:
         assert residual.dtype == torch.float32, residual.dtype
         assert residual.is_contiguous(), residual.stride()
         assert residual.numel() == x.numel(), (residual.shape, x.shape)
-        self._encode(x, residual.view(-1), part, keys, out)
+        assert out.numel() >= part.size(self.bits), out.shape
+        self.encode_bits(self.bits, x, part, keys, out, residual=residual.view(-1))
 
-    def _encode(
+    def encode_bits(
         self,
+        bits: int,
         x: Tensor,
-        residual: Tensor | None,
         part: Shard,
         keys: np.ndarray,
         out: Tensor,
+        *,
+        residual: Tensor | None = None,
+        given: Tensor | None = None,
     ) -> None:
+        """All encoding: scales alone with 0 bits, codes alone where scales are given (for `shared_scale.py`)."""
         assert x.numel() >= part.numel, x.shape
-        assert out.numel() >= part.size(self.bits), out.shape
         assert keys.shape == (len(part.table), 2), keys.shape
         x = x.to(torch.float32).contiguous().view(-1)
         limits = None
-        if self.sigma != "block" and self.clip > 0 and self.bits > 1:
+        if self.sigma != "block" and self.clip > 0 and bits != 1 and given is None:
             limits = reference.limits(x, part, self.span, self.clip, self.sigma == "row", residual)
         encode = cpu.encode if x.device.type == "cpu" else reference.encode_table
         encode(
@@ -153,11 +158,12 @@ class Quantizer:
             keys,
             out,
             self.span,
-            self.bits,
+            bits,
             self.clip,
             nearest=self.rounding == "nearest",
             limits=limits,
             residual=residual,
+            given=given,
         )
 
     def decode_shard(

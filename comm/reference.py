@@ -207,9 +207,9 @@ def _round(
     return torch.where(sendable, (fixed + (HALF if nearest else random)) >> 16, k)
 
 
-def _levels(codes: Tensor, bits: int) -> Tensor:
+def _levels(codes: Tensor, bits: int, k: int) -> Tensor:
     """r of codes: fp32."""
-    return (codes * 2 - 1 if bits == 1 else codes - level_count(bits)).float()
+    return (codes * 2 - 1 if bits == 1 else codes - k).float()
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -256,6 +256,8 @@ def encode_table(
 ) -> None:
     """Quantizes x [elements, fp32] into out [bytes], segment by segment of a table as `layout.py` makes it.
 
+    With 0 bits, out gets the scales alone, and residual is only read.
+
     Args:
         x, table, keys, out, span, bits, clip: as in `Quantizer.encode_shard`.
         nearest: round to the nearest level.
@@ -276,8 +278,7 @@ def encode_table(
                 piece = piece + residual[begin : begin + rows * length].view(rows, length)
             padded = torch.nn.functional.pad(piece, (0, groups * 8 - length))  # zeros, which no scale counts
             if given is not None:
-                at_span = (spans_before + span0) * SCALE_BYTES
-                heads = given[at_span : at_span + rows * SCALE_BYTES].view(rows, SCALE_BYTES)
+                heads = _heads(given, spans_before + span0, rows)
                 exponent, q = heads[:, 0].to(torch.int64), heads[:, 1:].to(torch.int64)
             else:
                 limit = None
@@ -288,36 +289,99 @@ def encode_table(
                     limit = torch.from_numpy(limits.values[row]).to(x.device)
                 scale = scales(padded.view(rows * 8, groups), clip, limit, mean=bits == 1)
                 exponent, q = scale_codes(scale.view(rows, 8))
+            heads = torch.cat([exponent.unsqueeze(1), q], dim=1).to(torch.uint8)
+            if bits == 0:
+                out[at : at + heads.numel()] = heads.flatten()
+                at += heads.numel()
+                continue
             scale = scale_values(exponent, q)
             codes = _round(padded, scale, bits, first + span0, span, (key[0], key[1]), nearest)
             rows_of_bytes = pack(codes, bits)
             if given is None:
-                heads = torch.cat([exponent.unsqueeze(1), q], dim=1).to(torch.uint8)
                 rows_of_bytes = torch.cat([heads, rows_of_bytes], dim=1)
             out[at : at + rows_of_bytes.numel()] = rows_of_bytes.flatten()
             at += rows_of_bytes.numel()
             if residual is not None:
                 step = -(scale / float(level_count(bits))).repeat_interleave(groups, dim=1)
-                left = piece + (_levels(codes, bits) * step)[:, :length]
+                left = piece + (_levels(codes, bits, level_count(bits)) * step)[:, :length]
                 residual[begin : begin + rows * length] = left.flatten()
 
 
 def decode_table(
-    payload: Tensor, table: np.ndarray, out: Tensor, span: int, bits: int, factor: float, add: bool
+    payload: Tensor,
+    table: np.ndarray,
+    out: Tensor,
+    span: int,
+    bits: int,
+    factor: float,
+    add: bool,
+    *,
+    given: Tensor | None = None,
+    levels: int = 0,
 ) -> None:
-    """Writes (or adds, with `add`) the decoded values times `factor` into out [elements, fp32], segment by segment."""
-    k = level_count(bits)
+    """Writes (or adds, with `add`) the decoded values times `factor` into out [elements, fp32], segment by segment.
+
+    Args:
+        payload, table, out, span, bits, factor, add: as in `Quantizer.decode_shard`.
+        given: uint8 [spans * 9], the scales of a payload that has none.
+        levels: levels on one side of zero, where they are not those of `bits`.
+    """
+    k = levels or level_count(bits)
+    head = 0 if given is not None else SCALE_BYTES
     for start, numel, groups_before, spans_before, _ in table.tolist():
-        at = groups_before * bits + SCALE_BYTES * spans_before
+        at = groups_before * bits + head * spans_before
         for span0, rows, length in _parts(numel, span):
             groups = -(-length // 8)
-            size = SCALE_BYTES + groups * bits
+            size = head + groups * bits
             rows_of_bytes = payload[at : at + rows * size].view(rows, size)
-            scale = scale_values(rows_of_bytes[:, 0], rows_of_bytes[:, 1:SCALE_BYTES])
+            heads = rows_of_bytes if given is None else _heads(given, spans_before + span0, rows)
+            scale = scale_values(heads[:, 0], heads[:, 1:SCALE_BYTES])
             step = ((scale / float(k)) * float(np.float32(factor))).repeat_interleave(groups, dim=1)
-            levels = _levels(unpack(rows_of_bytes[:, SCALE_BYTES:].contiguous(), bits), bits)
-            values = (levels * step)[:, :length].flatten()
+            codes = unpack(rows_of_bytes[:, head:].contiguous(), bits)
+            values = (_levels(codes, bits, k) * step)[:, :length].flatten()
             begin = start + span0 * span
             target = out[begin : begin + rows * length]
             target.add_(values) if add else target.copy_(values)
             at += rows * size
+
+
+def _heads(given: Tensor, first: int, rows: int) -> Tensor:
+    """Scale bytes of some spans [rows, 9]."""
+    return given[first * SCALE_BYTES : (first + rows) * SCALE_BYTES].view(rows, SCALE_BYTES)
+
+
+def add_codes(payload: Tensor, table: np.ndarray, sums: Tensor, span: int, bits: int, first: bool) -> None:
+    """Adds the r of codes without scales to sums (int16 [groups * 8]), or writes them with `first`.
+
+    Sums lie as codes do before packing: 8 runs a span, padded to whole groups.
+    """
+    for _, numel, group, _, _ in table.tolist():
+        for _, rows, length in _parts(numel, span):
+            groups = -(-length // 8)
+            codes = unpack(payload[group * bits : (group + rows * groups) * bits].view(rows, groups * bits), bits)
+            target = sums[8 * group : 8 * (group + rows * groups)]
+            levels = (codes - level_count(bits)).flatten().to(torch.int16)
+            target.copy_(levels) if first else target.add_(levels)
+            group += rows * groups
+
+
+def pack_sums(sums: Tensor, table: np.ndarray, out: Tensor, span: int, bits: int, levels: int) -> None:
+    """Packs sums, each from -levels to levels, into codes of `bits` bits without scales."""
+    for _, numel, group, _, _ in table.tolist():
+        for _, rows, length in _parts(numel, span):
+            groups = -(-length // 8)
+            codes = sums[8 * group : 8 * (group + rows * groups)].view(rows, 8 * groups).to(torch.int64) + levels
+            out[group * bits : (group + rows * groups) * bits] = pack(codes, bits).flatten()
+            group += rows * groups
+
+
+def sums_to_values(sums: Tensor, given: Tensor, table: np.ndarray, out: Tensor, span: int, levels: int) -> None:
+    """Writes what sums stand for under given scales, `levels` to a scale, into out [elements, fp32]."""
+    for start, numel, group, spans_before, _ in table.tolist():
+        for span0, rows, length in _parts(numel, span):
+            groups = -(-length // 8)
+            heads = _heads(given, spans_before + span0, rows)
+            step = (scale_values(heads[:, 0], heads[:, 1:]) / float(levels)).repeat_interleave(groups, dim=1)
+            mine = sums[8 * group : 8 * (group + rows * groups)].view(rows, 8 * groups).float() * step
+            out[start + span0 * span : start + span0 * span + rows * length] = mine[:, :length].flatten()
+            group += rows * groups
