@@ -23,7 +23,7 @@ class SplitRule:
     """At least so many elements."""
     max_numel: int = 0
     """At most so many elements; 0 sets no limit."""
-    min_dims: int = 1
+    min_dims: int = 0
     """At least so many dimensions: 2 takes matrices."""
     max_dims: int = 0
     """At most so many dimensions; 0 sets no limit."""

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable
+from typing import ClassVar
 
 import torch
-import torch.distributed as dist
 
 from tenko.comm import QuantizedAllReduce, Quantizer, WireMeter
-from tenko.comm.collectives import BucketPlan, mean_in_place
 from tenko.comm.feedback import ErrorFeedback
+from tenko.comm.lanes import Bucket, Context, QuantizedLane
 from tenko.comm.layout import single
+from tenko.comm.link import run
 
 
 def test_sent_and_residual_add_up_to_the_gradients() -> None:
@@ -51,41 +52,60 @@ def test_a_bucket_that_is_used_again_keeps_its_residuals() -> None:
     cpu = torch.device("cpu")
     first = feedback.flat((0, 1), (8, 8), cpu)
     assert feedback.flat((0, 1), (8, 8), cpu) is first
-    plan = BucketPlan((0, 1), (8, 8), 0, 2, Quantizer(), Quantizer(bits=4), cpu)
-    assert plan.whole.stop == first.numel()
 
 
-def test_the_exchange_feeds_back_what_it_left_out(tmp_path: Path) -> None:
+class Alone:
+    """A link with nobody at the other end."""
+
+    rank, world_size = 0, 1
+
+    def start(self, tag: int, outgoing: object, incoming: object) -> Alone:
+        assert not outgoing
+        assert not incoming
+        return self
+
+    received: ClassVar[dict[int, torch.Tensor]] = {}
+
+    def wait(self) -> None: ...
+    def check(self) -> None: ...
+    def then(self, call: Callable[[], None]) -> None: ...
+    def close(self) -> None: ...
+
+
+def test_the_exchange_feeds_back_what_it_left_out() -> None:
     """Over many updates the means add up to the gradients, but for the last residual and the fine rounding down."""
-    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
-    try:
-        numel, steps = 4096, 60
-        plan = BucketPlan((0,), (numel,), 0, 1, Quantizer(bits=3), Quantizer(bits=8), torch.device("cpu"))
-        residual, total, wanted = torch.zeros(numel), torch.zeros(numel), torch.zeros(numel)
-        gradient = torch.randn(numel, generator=torch.Generator().manual_seed(3))
-        for step in range(steps):
-            buffer = gradient.clone()
-            mean_in_place(buffer, plan, seed=1, step=step, group=None, meter=WireMeter(), residual=residual)
-            total += buffer
-            wanted += gradient
-        error = (total + residual - wanted).square().mean().sqrt()
-        assert error < 0.05 * steps**0.5, "only the rounding of the way down is lost"
-        assert 0 < residual.square().mean() < 1
-    finally:
-        dist.destroy_process_group()
+    numel, steps = 4096, 60
+    feedback = ErrorFeedback()
+    lane = QuantizedLane(Quantizer(bits=3), Quantizer(bits=8))
+    lane.bind(Context(Alone(), torch.device("cpu"), [torch.Size([numel])], 1, WireMeter(), feedback))
+    (portion,) = lane.portions(Bucket((0,), (numel,)), [0])
+    total, wanted = torch.zeros(numel), torch.zeros(numel)
+    gradient = torch.randn(numel, generator=torch.Generator().manual_seed(3))
+    for step in range(steps):
+        buffer = gradient.clone()
+        run(lane.exchange(buffer, portion, step, 8))
+        total += buffer
+        wanted += gradient
+    residual = feedback.flat((0,), (numel,), torch.device("cpu"))
+    error = (total + residual - wanted).square().mean().sqrt()
+    assert error < 0.05 * steps**0.5, "only the rounding of the way down is lost"
+    assert 0 < residual.square().mean() < 1
 
 
-def test_an_overflow_in_any_bucket_forgets_all_residuals() -> None:
+def test_a_gradient_that_is_not_finite_clears_all_residuals() -> None:
+    feedback = ErrorFeedback()
+    cpu = torch.device("cpu")
+    flats = [feedback.flat((i,), (8,), cpu).fill_(1) for i in range(2)]
+    feedback.clear_unless(torch.tensor(True))
+    assert [flat.tolist() for flat in flats] == [[1] * 8] * 2
+    feedback.clear_unless(torch.tensor(False))
+    assert [flat.count_nonzero() for flat in flats] == [0, 0]
+
+
+def test_residuals_are_in_the_routes_state() -> None:
     route = QuantizedAllReduce()
     assert route._feedback is not None
-    residual = route._feedback.flat((0,), (8,), torch.device("cpu")).fill_(1)
-    route._forget_after_overflow(torch.full((8,), torch.inf), last=False)
-    assert residual.tolist() == [1] * 8, "the other buckets of this gradient are still to come"
-    route._forget_after_overflow(torch.ones(8), last=True)
-    assert residual.count_nonzero() == 0
-    residual.fill_(2)
-    route._forget_after_overflow(torch.ones(8), last=True)
-    assert residual.tolist() == [2] * 8, "forgotten once"
+    route._feedback.flat((0,), (8,), torch.device("cpu")).fill_(2)
     other = QuantizedAllReduce()
     other.load_state_dict(route.state_dict())
     assert other._feedback is not None

@@ -3,59 +3,40 @@
 from __future__ import annotations
 
 import os
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from tenko.comm import AllReduce, CommConfig, QuantizedAllReduce, WireMeter, make_route, register
-from tenko.comm.worker import Worker
+from tenko.comm import (
+    AllReduce,
+    CommConfig,
+    ParameterServer,
+    QuantizedAllReduce,
+    SplitRule,
+    WireMeter,
+    make_route,
+    register,
+)
 
 
 def test_meter_counts_a_ring_and_comes_back() -> None:
     meter = WireMeter()
     assert meter.ratio == 1
-    meter.count(up=300, down=200, numel=1000, world_size=4)
+    meter.add(up=300, down=150)
+    meter.add(down=50, node=1000)
+    meter.instead(1000, world_size=4)
     assert (meter.bytes_sent, meter.fp32_bytes) == (500, 2 * 3 / 4 * 4 * 1000)
-    assert meter.ratio == 12
+    assert meter.ratio == 12, "bytes inside a node are none of the network's"
     other = WireMeter()
     other.load_state_dict(meter.state_dict())
     assert other == meter
     with pytest.raises(ValueError, match=r"meter\.down_bytes: missing"):
         other.load_state_dict({"up_bytes": 1})
-
-
-def test_worker_keeps_the_order_off_the_callers_thread() -> None:
-    worker = Worker("test")
-    seen: list[tuple[int, str]] = []
-
-    def job(i: int) -> torch.Tensor:
-        time.sleep(0.002 * (5 - i))
-        seen.append((i, threading.current_thread().name))
-        return torch.tensor(i)
-
-    futures = [worker.submit(lambda i=i: job(i)) for i in range(5)]
-    assert [int(future.wait()) for future in futures] == [0, 1, 2, 3, 4]
-    assert seen == [(i, "test") for i in range(5)]
-    worker.close()
-
-
-def test_worker_passes_a_failure_on_to_all_later_jobs() -> None:
-    worker = Worker("test")
-
-    def broken() -> torch.Tensor:
-        raise OSError("the wire is cut")
-
-    first, second = worker.submit(broken), worker.submit(lambda: torch.zeros(1))
-    for future in (first, second):
-        with pytest.raises(Exception, match="the wire is cut"):
-            future.wait()
-    worker.close()
 
 
 def test_recipe_makes_the_route() -> None:
@@ -64,8 +45,8 @@ def test_recipe_makes_the_route() -> None:
     assert (route.up.bits, route.down.bits, route.up.clip, route.down.clip, route.up.block) == (4, 8, 2.5, 2.5, 512)
     assert route.seed == 7
     assert isinstance(make_route(CommConfig(route="fp32"), seed=7), AllReduce)
-    with pytest.raises(ValueError, match=r"^bits_down: must be 2, 3, 4 or 8, is 5"):
-        QuantizedAllReduce(bits_down=5)
+    with pytest.raises(ValueError, match=r"^bits_down: must be 1 to 8, is 9"):
+        QuantizedAllReduce(bits_down=9)
 
 
 def test_state_without_a_key_is_refused() -> None:
@@ -100,3 +81,40 @@ def test_one_rank_sends_nothing_and_changes_nothing() -> None:
         assert torch.equal(parameter.grad, gradient)
     assert (route.meter.bytes_sent, route.meter.fp32_bytes, route.meter.updates) == (0, 0, 1)
     route.close()
+
+
+@pytest.mark.usefixtures("alone")
+def test_one_rank_alone_is_its_own_server() -> None:
+    module = torch.nn.Linear(300, 20)
+    route = register(DistributedDataParallel(module), ParameterServer(weight_bits=4))
+    optimizer = route.optimizer(module.named_parameters(), lr=1e-2)
+    x = torch.randn(4, 300)
+    first = float(module(x).square().sum().detach())
+    for _ in range(30):
+        optimizer.zero_grad()
+        assert route._model is not None
+        route._model(x).square().sum().backward()
+        assert torch.isfinite(route.total_norm(module.parameters()))
+        optimizer.step()
+    assert float(module(x).square().sum().detach()) < first / 4
+    assert len(module.weight.detach().view(-1)[:256].unique()) <= 15
+    with pytest.raises(ValueError, match="has one already"):
+        route.optimizer(module.named_parameters(), lr=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"bits": 9}, "bits: must be 1 to 8, is 9"),
+        ({"bits": 1, "error_feedback": False}, "bits: 1 is a sign"),
+        ({"bits_down": 1}, "bits_down: 1 loses"),
+        ({"weight_bits": 12}, "weight_bits: must be 2 to 8, 16 or 32, is 12"),
+        ({"route": "split"}, "split: route split needs rules"),
+        ({"split": (SplitRule(route="fp32"),)}, "split: needs route: split"),
+        ({"route": "server", "levels": "node"}, "levels: node goes with route: all_reduce only"),
+        ({"shared_scale": True, "levels": "node"}, "shared_scale: not together"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], line: str) -> None:
+    with pytest.raises(ValueError, match=f"^{line}"):
+        CommConfig(**settings)

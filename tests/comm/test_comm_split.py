@@ -1,0 +1,85 @@
+"""The split: every parameter has one route, and an error names the one that has none or two."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tenko.comm import SplitRule
+from tenko.comm.split import assign, row_sparsity
+
+SHAPES = {
+    "embed.weight": torch.Size([1000, 16]),
+    "fc.weight": torch.Size([64, 16]),
+    "fc.bias": torch.Size([64]),
+    "scale": torch.Size([]),
+}
+
+
+def test_rules_by_name_size_and_dimensions() -> None:
+    rules = [
+        SplitRule(route="rows", match=("embed*",)),
+        SplitRule(route="all_reduce", min_numel=100, exclude=("embed*",)),
+        SplitRule(route="fp32", max_numel=99),
+    ]
+    assert assign(rules, SHAPES) == {
+        "embed.weight": "rows",
+        "fc.weight": "all_reduce",
+        "fc.bias": "fp32",
+        "scale": "fp32",
+    }
+
+
+@pytest.mark.parametrize(
+    ("rules", "line"),
+    [
+        ([SplitRule(route="fp32", max_dims=1)], r"split: no rule takes embed\.weight \(16000 elements, 2 dimensions\)"),
+        (
+            [SplitRule(route="fp32"), SplitRule(route="server", match=("fc*",))],
+            r"split: fc\.weight is taken by split\[0\] \(fp32\) and split\[1\] \(server\)",
+        ),
+        (
+            [SplitRule(route="fp32"), SplitRule(route="server", match=("decoder*",))],
+            r"split\[1\]: takes no parameter \(decoder\*\); names are like embed\.weight",
+        ),
+        ([SplitRule(route="rows")], r"split\[0\]: route rows takes matrices, fc\.bias is a vector"),
+    ],
+)
+def test_an_error_names_the_parameter(rules: list[SplitRule], line: str) -> None:
+    with pytest.raises(ValueError, match=f"^{line}"):
+        assign(rules, SHAPES)
+
+
+def test_sparsity_decides_once_it_is_known() -> None:
+    rules = [
+        SplitRule(route="rows", min_dims=2, min_sparsity=0.5),
+        SplitRule(route="all_reduce", min_dims=2, max_sparsity=0.5),
+        SplitRule(route="fp32", max_dims=1),
+    ]
+    before = assign(rules, SHAPES)
+    assert before == {"embed.weight": "", "fc.weight": "", "fc.bias": "fp32", "scale": "fp32"}
+    after = assign(rules, SHAPES, {"embed.weight": 0.5, "fc.weight": 0.1})
+    assert (after["embed.weight"], after["fc.weight"]) == ("rows", "all_reduce")
+    with pytest.raises(ValueError, match=r"no rule takes fc\.weight \(1024 elements, 2 dimensions, row sparsity 0\.10"):
+        assign([rules[0], rules[2]], SHAPES, {"embed.weight": 0.5, "fc.weight": 0.1})
+
+
+def test_row_sparsity_counts_rows() -> None:
+    gradient = torch.zeros(8, 3)
+    gradient[2, 1] = gradient[5, 0] = 1
+    assert row_sparsity(gradient) == 0.75
+    assert row_sparsity(torch.zeros(5)) == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"min_numel": -1}, "min_numel: must be at least 0, is -1"),
+        ({"min_sparsity": 1.5}, "min_sparsity: must be between 0 and 1, is 1.5"),
+    ],
+)
+def test_rules_that_make_no_sense_are_refused(settings: dict[str, float], line: str) -> None:
+    with pytest.raises(ValueError, match=f"^{line}"):
+        SplitRule(route="rows", **settings)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="not with route server"):
+        SplitRule(route="server", min_sparsity=0.5)

@@ -1,0 +1,122 @@
+"""One rank of the mesh's tests: `torchrun mesh_worker.py SCENARIO`; fails if it does not hold."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tenko.comm import mesh as mesh_module
+from tenko.comm.mesh import Mesh
+
+RANK = int(os.environ["RANK"])
+OTHERS = [rank for rank in range(int(os.environ["WORLD_SIZE"])) if rank != RANK]
+
+
+def bytes_of(sender: int, receiver: int, size: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(100 * sender + receiver)
+    return torch.randint(0, 256, (size,), generator=generator, dtype=torch.uint8)
+
+
+def size_of(sender: int, receiver: int, tag: int) -> int:
+    return (1 + sender + 3 * receiver) * (tag * tag * 1000 + 1) + (3_000_000 if tag == 5 else 0)
+
+
+def delivers(mesh: Mesh) -> None:
+    """Many messages of many sizes in flight, taken in another order than sent, known lengths and unknown."""
+    handles = []
+    for tag in range(12):
+        outgoing = {peer: bytes_of(RANK, peer, size_of(RANK, peer, tag)) for peer in OTHERS}
+        handles.append(mesh.start(2 * tag, outgoing, {}))
+    for tag in reversed(range(12)):
+        sizes = {peer: size_of(peer, RANK, tag) for peer in OTHERS}
+        known = tag % 2 == 0
+        incoming = {peer: torch.empty(size, dtype=torch.uint8) if known else None for peer, size in sizes.items()}
+        handles.append(mesh.start(2 * tag, {}, incoming))
+    for handle, tag in zip(handles[12:], reversed(range(12)), strict=True):
+        handle.wait()
+        for peer in OTHERS:
+            assert torch.equal(handle.received[peer], bytes_of(peer, RANK, size_of(peer, RANK, tag))), (tag, peer)
+    for handle in handles:
+        handle.wait()
+    called: list[int] = []
+    handles[0].then(lambda: called.append(1))
+    assert called == [1], "at once, when it is done"
+
+
+def names_the_dead(mesh: Mesh) -> None:
+    """A rank that is killed is named, with its address, at once, on all the others."""
+    if RANK == 1:
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGKILL)
+    began = time.monotonic()
+    handle = mesh.start(1, {}, {1: torch.empty(10, dtype=torch.uint8)})
+    with pytest.raises(ConnectionError, match=r"rank 1 \(127\.0\.0\.1:\d+\) is gone"):
+        handle.wait()
+    assert time.monotonic() - began < 5
+    with pytest.raises(ConnectionError, match="rank 1"):
+        mesh.start(2, {}, {1: None})
+    print(f"held on rank {RANK}", flush=True)
+    time.sleep(1.5)  # torchrun ends the others soon after the first has died
+    os._exit(0)
+
+
+def names_the_late(mesh: Mesh) -> None:
+    """A rank that is alive and sends nothing is named after the timeout."""
+    mesh.timeout = 1.0
+    if RANK != 1:
+        handle = mesh.start(1, {}, {1: torch.empty(10, dtype=torch.uint8)})
+        with pytest.raises(ConnectionError, match=r"waited 1 s for rank 1 \(127"):
+            handle.wait()
+    dist.barrier()
+
+
+def refuses_other_sizes(mesh: Mesh) -> None:
+    """Ranks whose models differ are told so, instead of reading each other's bytes wrongly."""
+    peer = OTHERS[0]
+    size = 10 + RANK
+    handle = mesh.start(1, {p: torch.zeros(size, dtype=torch.uint8) for p in OTHERS},
+                        {p: torch.empty(size, dtype=torch.uint8) for p in OTHERS})  # fmt: skip
+    with pytest.raises(ConnectionError, match=f"expected {size}: do all ranks have the same model|is gone"):
+        handle.wait()
+    assert peer != RANK
+    dist.barrier()
+
+
+def turns_strangers_away(_: Mesh) -> None:
+    """A connection without the token is closed, and the ranks still find each other."""
+    call = Mesh._call
+
+    def knock(self: Mesh, peer: int, card: dict[str, str], token: bytes) -> socket.socket:
+        with socket.create_connection((card["host"], int(card["port"]))) as stranger:
+            stranger.sendall(b"\0" * 20)
+            assert stranger.recv(1) == b"", "closed"
+        return call(self, peer, card, token)
+
+    mesh_module.Mesh._call = knock  # type: ignore[method-assign]
+    again = Mesh(None)
+    mesh_module.Mesh._call = call  # type: ignore[method-assign]
+    delivers(again)
+    again.close()
+
+
+SCENARIOS = {
+    f.__name__: f for f in (delivers, names_the_dead, names_the_late, refuses_other_sizes, turns_strangers_away)
+}
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    for name in sys.argv[1:]:
+        link = Mesh(None)
+        SCENARIOS[name](link)
+        dist.barrier()
+        link.close()
+        if RANK == 0:
+            print(f"holds: {name}", flush=True)
+    dist.destroy_process_group()
