@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +19,9 @@ from tenko.comm.hook import TAGS, LaneRoute
 from tenko.comm.link import Handle
 
 BUCKET_MB = 0.005
+DEVICE = torch.device("cpu")
+if os.environ.get("TENKO_TEST_DEVICE") == "cuda":
+    DEVICE = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
 
 
 class Model(nn.Module):
@@ -39,7 +43,7 @@ class Model(nn.Module):
 def batch(step: int) -> Tensor:
     """Another batch on every rank and at every step [8, 5]."""
     generator = torch.Generator().manual_seed(1000 * step + dist.get_rank())
-    return torch.randint(0, 211, (8, 5), generator=generator)
+    return torch.randint(0, 211, (8, 5), generator=generator).to(DEVICE)
 
 
 def loss_of(model: nn.Module, step: int) -> Tensor:
@@ -48,7 +52,7 @@ def loss_of(model: nn.Module, step: int) -> Tensor:
 
 
 def wrapped(route: Route | None, dtype: torch.dtype = torch.float32, view: bool = False) -> DistributedDataParallel:
-    model = DistributedDataParallel(Model().to(dtype), bucket_cap_mb=BUCKET_MB, gradient_as_bucket_view=view)
+    model = DistributedDataParallel(Model().to(DEVICE, dtype), bucket_cap_mb=BUCKET_MB, gradient_as_bucket_view=view)
     if route is not None:
         assert register(model, route) is route
     return model
@@ -69,7 +73,7 @@ def assert_ranks_agree(values: Tensor) -> None:
 
 def exact_mean(step: int, dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], list[float]]:
     """Mean gradient over the ranks in fp32, and the largest magnitude on any rank, of every tensor that trains."""
-    model = Model().to(dtype)
+    model = Model().to(DEVICE, dtype)
     loss_of(model, step).backward()
     means, largest = [], []
     for parameter in model.parameters():
@@ -152,7 +156,7 @@ def overflow(_: Path) -> None:
     route = QuantizedAllReduce(bits=3, clip=3.0)
     model = wrapped(route)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler = torch.amp.GradScaler(DEVICE.type, init_scale=1024.0)
     poison = {"on": False}
 
     def spoil(gradient: Tensor) -> Tensor:
@@ -193,7 +197,9 @@ def no_sync(_: Path) -> None:
                 assert route.meter.bytes_sent == sent
         loss_of(model, 2).backward()
         assert route.meter.bytes_sent > sent
-    exact = sum((torch.cat([m.reshape(-1) for m in exact_mean(step)[0]]) for step in (0, 1, 2)), torch.zeros(()))
+    exact = sum(
+        (torch.cat([m.reshape(-1) for m in exact_mean(step)[0]]) for step in (0, 1, 2)), torch.zeros((), device=DEVICE)
+    )
     got = flat(model, gradients=True)
     assert (got - exact).norm() < 0.02 * exact.norm(), "the sum of three micro-batches"
     assert route.meter.updates == 2
@@ -318,7 +324,9 @@ if __name__ == "__main__":
     from lane_scenarios import SCENARIOS as MORE
 
     SCENARIOS |= MORE
-    dist.init_process_group("gloo")
+    if DEVICE.type == "cuda":
+        torch.cuda.set_device(DEVICE)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo")
     assert dist.get_world_size() == int(sys.argv[1]), dist.get_world_size()
     for name in sys.argv[3:]:
         SCENARIOS[name](Path(sys.argv[2]))

@@ -8,18 +8,19 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 WORKER = Path(__file__).with_name("hook_worker.py")
 SCENARIOS = ["agree", "bounds", "overflow", "no_sync", "meter", "plain", "refuse"]
-LANES = ["half", "nodes", "rows", "sparsity", "server", "server_overflow", "portions", "auto"]
+LANES = ["half", "nodes", "rows", "sparsity", "server", "server_overflow", "portions", "group", "auto"]
 pytestmark = pytest.mark.torchrun
 
 
-def torchrun(ranks: int, folder: Path, *scenarios: str) -> subprocess.CompletedProcess[str]:
+def torchrun(ranks: int, folder: Path, *scenarios: str, device: str = "cpu") -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     return subprocess.run(
         [*command, str(WORKER), str(ranks), str(folder), *scenarios],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "TENKO_TEST_DEVICE": device},
         capture_output=True,
         text=True,
         timeout=180,
@@ -74,3 +75,13 @@ def test_failed_exchange_ends_the_job_with_its_reason(two_ranks_again: subproces
     assert "fail" not in held(two_ranks_again)
     assert two_ranks_again.returncode != 0
     assert "broken on purpose" in two_ranks_again.stderr
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_the_same_holds_over_nccl(tmp_path: Path) -> None:
+    """Two GPUs and more: fp32 and bf16 gradients, fp16 loss scaling, two levels, the server, the split."""
+    ranks = torch.cuda.device_count()
+    scenarios = [*SCENARIOS, *(name for name in LANES if name not in ("group", "half")), "half"]
+    done = torchrun(ranks, tmp_path, *scenarios, device="cuda")
+    assert held(done) == scenarios, done.stderr[-4000:]
+    assert done.returncode == 0, done.stderr[-4000:]
