@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from . import precision
-from .config import TrainConfig
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -30,8 +29,12 @@ BUCKET = 1 << 24
 """Elements exchanged at a time; DeepSpeed's own 5e8 would take 2 GB of memory for its buffer."""
 
 
-def plugin(config: TrainConfig) -> DeepSpeedPlugin:
+def plugin(zero_stage: int, clip_norm: float) -> DeepSpeedPlugin:
     """What `Accelerator(deepspeed_plugin=...)` takes, for `train.engine: deepspeed`.
+
+    Args:
+        zero_stage: 1 splits the optimizer's state, 2 the gradients as well.
+        clip_norm: of the whole gradient; 0 does not clip.
 
     Raises:
         ValueError: DeepSpeed is not installed.
@@ -54,11 +57,11 @@ def plugin(config: TrainConfig) -> DeepSpeedPlugin:
     return Plugin(
         hf_ds_config={
             "zero_optimization": {
-                "stage": config.zero_stage,
+                "stage": zero_stage,
                 "reduce_bucket_size": BUCKET,
                 "allgather_bucket_size": BUCKET,
             },
-            "gradient_clipping": config.clip_norm,
+            "gradient_clipping": clip_norm,
             "train_micro_batch_size_per_gpu": 1,  # only counted with: batches are cut by tokens
             "gradient_accumulation_steps": 1,  # the engine is told of each batch whether it is the last
             "steps_per_print": None,
