@@ -168,6 +168,12 @@ def all_finite(buffer: Tensor, portion: Portion) -> Tensor:
     return torch.isfinite(torch.stack(sums)).all()
 
 
+def first_elements(shard: Shard, span: int) -> Tensor:
+    """Where each span of a shard begins in the buffer: int64 [spans]."""
+    starts = [np.arange(start, start + numel, span) for start, numel in shard.table[:, :2].tolist()]
+    return torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *starts]))
+
+
 class SraPlan:
     """Scatter-reduce and all-gather (SRA) of one portion: every gradient is quantized twice, for any world size.
 
@@ -225,9 +231,7 @@ class SraPlan:
     @cached_property
     def first_elements(self) -> Tensor:
         """Where each span begins in the buffer: an inf or a NaN fills its whole span, so these tell of all."""
-        span = self.up.span
-        starts = [np.arange(start, start + numel, span) for start, numel in self.whole.table[:, :2].tolist()]
-        return torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *starts])).to(self.context.device)
+        return first_elements(self.whole, self.up.span).to(self.context.device)
 
     def keys(self, part: Shard, prefix: Sequence[int]) -> np.ndarray:
         """A key for every segment of `part`: of the prefix and the index of the tensor in the model."""

@@ -60,7 +60,7 @@ def half(_: Path) -> None:
 
 
 def nodes(_: Path) -> None:
-    """Two nodes: what is quantized is the nodes' mean, so identical ranks of a node add no error, and few bytes cross."""
+    """Two nodes: what is quantized is the nodes' mean, so ranks of a node add no error, and few bytes cross."""
     n = dist.get_world_size()
     os.environ["GROUP_RANK"] = str(dist.get_rank() * 2 // n)
     os.environ["LOCAL_WORLD_SIZE"] = str(n // 2)
@@ -85,6 +85,39 @@ def nodes(_: Path) -> None:
     assert relative_error(model, 0) > 1e-3, "one node alone still quantizes once, as its owner would"
     for route in (node, flat_route, exact):
         route.close()
+
+
+def shared(_: Path) -> None:
+    """Under a shared scale the owner's sum is exact: less error than with scales of one's own and a second rounding."""
+    n = dist.get_world_size()
+    bits_down = 4 if n == 2 else 5
+    errors = {}
+    for name, route in {
+        "shared": QuantizedAllReduce(3, bits_down, shared_scale=True, error_feedback=False),
+        "own": QuantizedAllReduce(3, bits_down, error_feedback=False),
+        "one more rounding": QuantizedAllReduce(3, 3, shared_scale=True, error_feedback=False),
+    }.items():
+        model = wrapped(route)
+        found = []
+        for step in range(6):
+            model.zero_grad()
+            loss_of(model, step).backward()
+            assert_ranks_agree(flat(model, gradients=True))
+            found.append(relative_error(model, step) ** 2)
+        errors[name] = sum(found)
+        route.close()
+    assert errors["shared"] < errors["own"] < errors["one more rounding"], errors
+    route = QuantizedAllReduce(8, 8, 0, shared_scale=True)
+    model = wrapped(route)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    first = float(loss_of(model.module, 0).detach())
+    for step in range(25):
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        optimizer.step()
+    assert_ranks_agree(flat(model))
+    assert float(loss_of(model.module, 0).detach()) < first / 4, "it learns"
+    route.close()
 
 
 def rows(_: Path) -> None:
@@ -262,7 +295,8 @@ def group(_: Path) -> None:
         SplitRule(route="server", min_dims=2, exclude=("embedding*",)),
         SplitRule(route="fp16", max_dims=1),
     )
-    configs = (CommConfig(), CommConfig(levels="node"), CommConfig(route="split", split=rules), CommConfig(bits=1))
+    configs = (CommConfig(), CommConfig(levels="node"), CommConfig(route="split", split=rules), CommConfig(bits=1),
+               CommConfig(shared_scale=True))  # fmt: skip
     for config in configs:
         over_mesh, over_group = make_route(config, 5), make_route(config, 5)
         assert isinstance(over_group, LaneRoute)
@@ -341,4 +375,6 @@ def auto(_: Path) -> None:
         each.close()
 
 
-SCENARIOS = {f.__name__: f for f in (half, nodes, rows, sparsity, server, server_overflow, portions, group, auto)}
+SCENARIOS = {
+    f.__name__: f for f in (half, shared, nodes, rows, sparsity, server, server_overflow, portions, group, auto)
+}
