@@ -16,7 +16,7 @@ from toy_training import differing, snapshot, toy_trainer, train
 from tenko.nmt.corpus import Corpus
 
 WORKER = Path(__file__).with_name("trainer_worker.py")
-FIRST = ["uncut", "cut", "two_batches", "accumulate", "overflow", "collectives"]
+FIRST = ["uncut", "cut", "others_cut", "two_batches", "accumulate", "overflow", "collectives"]
 pytestmark = pytest.mark.torchrun
 
 
@@ -40,7 +40,7 @@ def folder(small_corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Pa
     """What two jobs left: the second resumes, in processes of its own, what the first cut."""
     path = tmp_path_factory.mktemp("ranks")
     torchrun(small_corpus, path, *FIRST)
-    torchrun(small_corpus, path, "resume")
+    torchrun(small_corpus, path, "resume", "others_resume")
     return path
 
 
@@ -53,16 +53,9 @@ def test_three_bit_run_cut_and_resumed_equals_uncut(folder: Path) -> None:
     resumed, resumed_figures = read(folder, "resumed")
     assert differing(whole, resumed) == []
     before = json.loads((folder / "before.json").read_text())
-    # DDP's first buckets, back after a resume, end elsewhere than those it rebuilds: padding differs by some bytes.
-    sent = [
-        [line.pop("wire_bytes", 0) for line in lines]
-        for lines in (before + resumed_figures["lines"], whole_figures["lines"])
-    ]
-    assert before + resumed_figures["lines"] == whole_figures["lines"]
-    assert sent[0] == pytest.approx(sent[1], rel=0.05), "bytes of before the cut are counted once"
-    for ours, theirs in zip(resumed_figures["meters"], whole_figures["meters"], strict=True):
-        assert ours["updates"] == theirs["updates"] == 8
-        assert ours["fp32_bytes"] == theirs["fp32_bytes"] > 0
+    assert before + resumed_figures["lines"] == whole_figures["lines"], "bytes of before the cut are counted once"
+    assert resumed_figures["meters"] == whole_figures["meters"]
+    assert all(meter["updates"] == 8 and meter["fp32_bytes"] > 0 for meter in whole_figures["meters"])
 
 
 def test_thin_gradients_cost_a_seventh_of_fp32_or_less(folder: Path) -> None:

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from toy_training import differing, snapshot, toy_trainer, train
 
-from tenko.comm import AllReduce, QuantizedAllReduce, Route, register
+from tenko.comm import AllReduce, CommConfig, QuantizedAllReduce, Route, SplitRule, make_route, register
 from tenko.nmt import distributed
 from tenko.nmt.corpus import Corpus
 from tenko.nmt.trainer import Trainer
@@ -81,6 +81,51 @@ def resume(corpus: Corpus, folder: Path) -> None:
     write(folder, "resumed", trainer, train(trainer, corpus))
 
 
+RULES = (
+    SplitRule(route="rows", match=("*embed_tokens*",)),
+    SplitRule(route="server", min_dims=2, exclude=("*embed_tokens*",)),
+    SplitRule(route="fp16", max_dims=1),
+)
+OTHERS = {
+    "server": CommConfig(route="server"),
+    "split": CommConfig(route="split", split=RULES),
+    "shared": CommConfig(shared_scale=True),
+    "one-bit": CommConfig(bits=1),
+}
+
+
+def others_cut(corpus: Corpus, folder: Path) -> None:
+    """Leaves checkpoints of cut runs by the other routes, and the weights of uncut ones."""
+    for name, config in OTHERS.items():
+        for kind, cut in (("uncut", None), ("cut", 5)):
+            trainer = trainer_of(corpus, folder / f"{name}-{kind}", make_route(config, 1), **RESUME)
+            train(trainer, corpus, cut=cut)
+            distributed.assert_ranks_agree(trainer.parameters.values(), name)
+            assert trainer.route is not None
+            torch.save(
+                {"weights": dict(trainer.parameters), "route": trainer.route.state_dict()},
+                folder / f"{name}-{kind}-{dist.get_rank()}.pt",
+            )
+            trainer.route.close()
+
+
+def others_resume(corpus: Corpus, folder: Path) -> None:
+    """They go on from update 3 to the same bits, the owners' weights and moments included."""
+    for name, config in OTHERS.items():
+        trainer = trainer_of(corpus, folder / f"{name}-cut", make_route(config, 1), **RESUME)
+        assert trainer.resume()
+        assert trainer.updates == 3
+        train(trainer, corpus)
+        uncut = torch.load(folder / f"{name}-uncut-{dist.get_rank()}.pt", weights_only=True)
+        assert differing(dict(trainer.parameters), uncut["weights"]) == [], name
+        assert trainer.route is not None
+        state = trainer.route.state_dict()
+        for key, value in (uncut["route"]["server"] or {}).items() if "server" in state else ():
+            assert torch.equal(value, state["server"][key]), (name, key)
+        assert state["meter"] == uncut["route"]["meter"], "bytes of before the cut are counted once"
+        trainer.route.close()
+
+
 def two_batches(corpus: Corpus, folder: Path) -> None:
     """Two ranks with a batch each; the test does the same alone with two accumulated batches."""
     trainer = trainer_of(corpus, folder / "none", AllReduce(), max_update=4, log_interval=2, valid_interval=4)
@@ -99,8 +144,9 @@ def accumulate(corpus: Corpus, folder: Path) -> None:
 
 def overflow(corpus: Corpus, folder: Path) -> None:
     """A NaN on one rank skips the update on both, in fp32 and in fp16, where the scale halves on both."""
-    for precision in ("fp32", "fp16"):
-        route = QuantizedAllReduce(bits=3, seed=1)
+    server = CommConfig(route="server", weight_bits=32)
+    for precision, config in (("fp32", CommConfig()), ("fp16", CommConfig()), ("fp32", server), ("fp16", server)):
+        route = make_route(config, 1)
         trainer = trainer_of(corpus, folder / "none", route, precision=precision, init_scale=64.0)
         trainer.update()
         before = snapshot(trainer)
@@ -136,7 +182,18 @@ def collectives(corpus: Corpus, folder: Path) -> None:
 
 
 SCENARIOS = {
-    scenario.__name__: scenario for scenario in (uncut, cut, resume, two_batches, accumulate, overflow, collectives)
+    scenario.__name__: scenario
+    for scenario in (
+        uncut,
+        cut,
+        resume,
+        others_cut,
+        others_resume,
+        two_batches,
+        accumulate,
+        overflow,
+        collectives,
+    )
 }
 
 
