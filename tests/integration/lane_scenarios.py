@@ -36,6 +36,7 @@ from tenko.comm import (
 from tenko.comm.hook import LaneRoute
 from tenko.comm.lanes import PORTION
 from tenko.comm.link import Exchange, GroupLink, run
+from tenko.comm.nodes import find_nodes
 from tenko.comm.server import ServerRoute
 
 
@@ -85,6 +86,19 @@ def nodes(_: Path) -> None:
     assert relative_error(model, 0) > 1e-3, "one node alone still quantizes once, as its owner would"
     for route in (node, flat_route, exact):
         route.close()
+
+
+def two_nodes(_: Path) -> None:
+    """Started by two torchrun agents: nodes are what the launcher says, and only half the ranks' slices cross."""
+    n = dist.get_world_size()
+    assert find_nodes(None, DEVICE) == [list(range(n // 2)), list(range(n // 2, n))]
+    route = QuantizedAllReduce(levels="node")
+    model = wrapped(route)
+    loss_of(model, 0).backward()
+    assert_ranks_agree(flat(model, gradients=True))
+    assert relative_error(model, 0) < 0.5
+    assert route.meter.node_bytes > route.meter.bytes_sent > 0
+    route.close()
 
 
 def shared(_: Path) -> None:
@@ -376,5 +390,6 @@ def auto(_: Path) -> None:
 
 
 SCENARIOS = {
-    f.__name__: f for f in (half, shared, nodes, rows, sparsity, server, server_overflow, portions, group, auto)
+    f.__name__: f
+    for f in (half, two_nodes, shared, nodes, rows, sparsity, server, server_overflow, portions, group, auto)
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +66,24 @@ def test_other_routes_agree_and_learn(folder: Path, ranks: int) -> None:
     done = torchrun(ranks, folder, *LANES)
     assert held(done) == LANES, done.stderr[-4000:]
     assert done.returncode == 0, done.stderr[-4000:]
+
+
+def test_two_agents_are_two_nodes(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "2"]
+    command += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    agents = [
+        subprocess.Popen(
+            [*command, "--node-rank", str(node), str(WORKER), "4", str(tmp_path), "two_nodes"],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for node in range(2)
+    ]  # fmt: skip
+    ends = [agent.communicate(timeout=120) for agent in agents]
+    assert "holds: two_nodes" in ends[0][0], ends[0][1][-3000:]
+    assert [agent.returncode for agent in agents] == [0, 0]
 
 
 def test_resumed_run_equals_uncut_run(two_ranks_again: subprocess.CompletedProcess[str]) -> None:
