@@ -1,14 +1,16 @@
 """SQ_m with a clip and a scale a block: the one quantizer of both legs. What it computes is told in
 `reference.py`.
 
-CPU tensors go through the numba kernels, on torch.get_num_threads() threads where a call is large enough; others
-through torch operations of the same arithmetic.
+CPU tensors go through the numba kernels, on torch.get_num_threads() threads where a call is large enough; CUDA tensors
+through Triton's where it is installed; others through torch operations of the same arithmetic.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
 from typing import Literal
 
 import numpy as np
@@ -22,6 +24,19 @@ from .layout import Shard, single
 BITS = (1, 2, 3, 4, 5, 6, 7, 8)
 ROUNDINGS = ("stochastic", "nearest")
 SIGMAS = ("block", "row", "tensor")
+
+
+@lru_cache
+def arithmetic(device: str, block: int) -> tuple[Callable[..., None], Callable[..., None]]:
+    """What encodes and decodes tables on a type of device."""
+    if device == "cpu":
+        return cpu.encode, cpu.decode
+    if device == "cuda" and find_spec("triton") is not None:
+        from . import triton_kernels
+
+        if block <= triton_kernels.MAX_BLOCK:
+            return triton_kernels.encode_table, triton_kernels.decode_table
+    return reference.encode_table, reference.decode_table
 
 
 @dataclass(frozen=True)
@@ -147,11 +162,14 @@ class Quantizer:
         """All encoding: scales alone with 0 bits, codes alone where scales are given (for `shared_scale.py`)."""
         assert x.numel() >= part.numel, x.shape
         assert keys.shape == (len(part.table), 2), keys.shape
-        x = x.to(torch.float32).contiguous().view(-1)
+        encode, _ = arithmetic(x.device.type, self.block)
+        x = x.contiguous().view(-1)
+        if encode in (cpu.encode, reference.encode_table):
+            x = x.to(torch.float32)
         limits = None
         if self.sigma != "block" and self.clip > 0 and bits != 1 and given is None:
-            limits = reference.limits(x, part, self.span, self.clip, self.sigma == "row", residual)
-        encode = cpu.encode if x.device.type == "cpu" else reference.encode_table
+            limits = reference.limits(x.float(), part, self.span, self.clip, self.sigma == "row", residual)
+        nearest = self.rounding == "nearest"
         encode(
             x,
             part.table,
@@ -160,7 +178,7 @@ class Quantizer:
             self.span,
             bits,
             self.clip,
-            nearest=self.rounding == "nearest",
+            nearest=nearest,
             limits=limits,
             residual=residual,
             given=given,
@@ -173,7 +191,7 @@ class Quantizer:
         assert out.numel() >= part.numel, out.shape
         assert payload.numel() >= part.size(self.bits), payload.shape
         assert out.dtype == torch.float32, out.dtype
-        decode = cpu.decode if out.device.type == "cpu" else reference.decode_table
+        _, decode = arithmetic(out.device.type, self.block)
         decode(payload, part.table, out, self.span, self.bits, factor, add)
 
     def _checked(self, payload: Tensor, numel: int) -> Shard:

@@ -175,7 +175,7 @@ def scale_codes(scale: Tensor) -> tuple[Tensor, Tensor]:
     ascending = torch.from_numpy(SCALES[254::-1].copy()).to(scale.device)
     # The largest q whose scale is not below: rounded up.
     q = 254 - torch.searchsorted(ascending, relative.contiguous(), right=False).clamp(max=254)
-    q = torch.where(scale > 0, q, 255)
+    q = torch.where((scale > 0) & ~largest.isnan().unsqueeze(1), q, 255)
     return torch.where(largest.isnan(), 255, exponent), q
 
 

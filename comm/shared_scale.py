@@ -25,7 +25,7 @@ from torch import Tensor
 
 from . import cpu, reference
 from .layout import SCALE_BYTES, Shard
-from .quantizer import Quantizer
+from .quantizer import Quantizer, arithmetic
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class SharedScale:
         """Writes the mean over the ranks into the part's elements of out [fp32, flat]."""
         assert payload.numel() >= self.down_size(part), payload.shape
         if self.exact:
-            decode = cpu.decode if out.device.type == "cpu" else reference.decode_table
+            _, decode = arithmetic(out.device.type, self.up.block)
             table, bits = part.table, self.down.bits
             decode(payload, table, out, self.up.span, bits, 1.0, False, given=scales, levels=self.levels)
         else:
