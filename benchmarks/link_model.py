@@ -120,11 +120,13 @@ class Replay(nn.Module):
         return own if self.signal == 0 else self.signal**0.5 * heavy(0) + (1 - self.signal) ** 0.5 * own
 
     def cut(self, index: int, pool: Tensor, numel: int | None = None) -> Iterator[tuple[int, Tensor]]:
-        """The gradient of tensor `index`, in pieces (where, values), before its scale; `numel`: only the beginning."""
+        """The gradient of tensor `index`, in pieces (where, values), before its scale; `numel`: no more."""
         size = self.order[index].numel()
+        if numel is not None:
+            size = min(size, numel)
         at, offset = 0, index * 65_537 % POOL
-        while at < min(size, numel or size):
-            take = min((numel or size) - at, POOL - offset)
+        while at < size:
+            take = min(size - at, POOL - offset)
             yield at, pool[offset : offset + take]
             at, offset = at + take, 0
 

@@ -28,13 +28,22 @@ class Nothing:
         pass
 
 
+class Served:
+    """The parameter server: an exchange is not over before the owners have stepped and their weights are here."""
+
+    def __init__(self, route: Any, optimizer: torch.optim.Optimizer) -> None:
+        self.route, self.meter, self.close = route, route.meter, route.close
+        self.finish = optimizer.step
+
+
 @dataclass(frozen=True, kw_only=True)
 class Peer:
     """One way to exchange gradients."""
 
     name: str
     attach: Callable[[DistributedDataParallel], Any]
-    """Puts it on a model; returns something with `meter` (None: has none) and `close`."""
+    """Puts it on a model; returns something with `meter` (None: has none), `close`, and perhaps `finish`, which ends an
+    exchange after backward."""
     one_bucket: bool = False
     """Runs on gloo only with the whole gradient in one bucket."""
     error_at: int = 0
@@ -43,8 +52,10 @@ class Peer:
     """Bits of the first quantization, to compare its error with; 0: has no such thing."""
     cost: float = 1.0
     """About how long an exchange takes beside fp32's at 4 hosts, for estimates of the run."""
+    gradients: bool = True
+    """Leaves the mean gradient; False: leaves new weights."""
     slow: bool = False
-    """Takes minutes; left out unless named."""
+    """Left out unless named."""
 
 
 def fp32(model: DistributedDataParallel) -> Nothing:
@@ -117,6 +128,22 @@ def tenko(**settings: Any) -> Callable[[DistributedDataParallel], Any]:
     return attach
 
 
+def tenko_server(**settings: Any) -> Callable[[DistributedDataParallel], Any]:
+    def attach(model: DistributedDataParallel) -> Any:
+        from tenko.comm import ParameterServer, register
+
+        route: Any = register(model, ParameterServer(**settings))
+        return Served(route, route.optimizer(model.module.named_parameters(), lr=1e-4))
+
+    return attach
+
+
+def tenko_half(model: DistributedDataParallel) -> Any:
+    from tenko.comm import HalfAllReduce, register
+
+    return register(model, HalfAllReduce())
+
+
 def tenko_fp32(model: DistributedDataParallel) -> Any:
     from tenko.comm import AllReduce, register
 
@@ -139,12 +166,15 @@ _ALL = (
         name="torch quantization_perchannel (mended)",
         attach=torch_quantization(quantization_hooks.quantization_perchannel_hook),
         one_bucket=True,
-        cost=10.0,
+        cost=20.0,
         slow=True,
     ),
     Peer(name="tenko 3/4", attach=tenko(bits=3, bits_down=4), bits=3, cost=0.15),
     Peer(name="tenko 3/3", attach=tenko(bits=3, bits_down=3), bits=3, cost=0.15),
     Peer(name="tenko 3/8", attach=tenko(bits=3, bits_down=8), bits=3, cost=0.2),
+    Peer(name="tenko 3/8, shared scale", attach=tenko(bits=3, bits_down=8, shared_scale=True), bits=3, cost=0.25),
+    Peer(name="tenko server, SQ3 + LAQ4", attach=tenko_server(bits=3, weight_bits=4), gradients=False, cost=0.3),
+    Peer(name="tenko fp16", attach=tenko_half, cost=0.55),
     Peer(name="tenko fp32", attach=tenko_fp32),
 )
 PEERS = {peer.name: peer for peer in _ALL}

@@ -1,7 +1,7 @@
 """The exchange of gradients over shaped links, every contestant in the same run: time against the floor, bytes, error.
 
     python benchmarks/links.py --quick                           # 4 hosts at 1 Gbit/s, two turns: some minutes
-    python benchmarks/links.py                                   # 2, 4, 8 hosts at 0.1, 1, 10 Gbit/s: see --estimate
+    python benchmarks/links.py                                   # 2, 4, 8 hosts at 1, 0.1, 10 Gbit/s: see --estimate
     python benchmarks/links.py --hosts 4 --rate 1gbit --peers "DDP fp32" "tenko 3/4"
     python benchmarks/links.py --extra "1-bit Adam=/path/python:benchmarks/onebit_rank.py"
 
@@ -19,8 +19,9 @@ import json
 import sys
 import tempfile
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 from lab import UNSHAPED, Lab, bits_per_second, missing
@@ -32,6 +33,128 @@ from link_table import markdown, ring_bytes
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 SETUP_SECONDS = 0.9
 """Of one host's processor, to set a contestant up and take it off, 60M parameters; for estimates."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """What is measured."""
+
+    hosts: list[int]
+    rates: list[str]
+    peers: list[str]
+    model: str = "base"
+    extra: dict[str, str] = field(default_factory=dict)
+    """PYTHON:SCRIPT of contestants of other environments, by name."""
+    repeat: int = 3
+    """Turns of every contestant; one at 100 Mbit/s and less, where an exchange is so long that noise is nothing."""
+    count: int = 2
+    """Measured steps of each kind a turn."""
+    compute: tuple[float, ...] = (0.3, 1.0)
+    """Seconds of a step's computation; exchanges without any are always measured."""
+    signal: float = 0.0
+    """Share of the gradients' energy that all ranks have in common."""
+    congestion: str = "cubic"
+
+    def turns(self, rate: str) -> int:
+        return 1 if bits_per_second(rate) <= 1e8 else self.repeat
+
+    def seconds(self) -> float:
+        """How long it will take, roughly."""
+        total = 0.0
+        for hosts in self.hosts:
+            for rate in self.rates:
+                step = max(1.3 * ring_bytes(hosts, self.model) * 8 / bits_per_second(rate), 0.3 * hosts)
+                for name in [*self.peers, *self.extra]:
+                    cost = PEERS[name].cost if name in PEERS else 0.3
+                    seconds = (1 + self.count) * step * cost
+                    seconds += self.count * sum(max(c, 0.8 * step * cost) + 0.2 for c in self.compute)
+                    total += self.turns(rate) * (seconds + SETUP_SECONDS * hosts * (1 + cost))
+            total += 6 * hosts
+        return total
+
+
+def measure(lab: Lab, crew: Crew, peer: str, rate: str, sweep: Sweep, into: dict[str, Any]) -> None:
+    """One turn of one contestant, added to its result.
+
+    Raises:
+        Failed: it does not run.
+    """
+    slowest = ring_bytes(lab.hosts, sweep.model) * 8 / bits_per_second(rate)
+    patience = 300 + 30 * slowest * (PEERS[peer].cost if peer in PEERS else 1)
+    lab.shape(UNSHAPED)
+    crew.start()
+    answers = crew.ask({"do": "setup", "peer": peer}, timeout=300)
+    into["agree"] = into.get("agree", True) and len({answer["agree"] for answer in answers}) == 1
+    into["error"], into["once"] = answers[0].get("error"), answers[0].get("once")
+    lab.shape(rate)
+    crew.ask({"do": "measure", "count": 1, "compute": 0.0}, timeout=patience)
+    for compute in (0.0, *sweep.compute):
+        command = {"do": "measure", "count": sweep.count, "compute": compute}
+        answers = crew.ask(command, timeout=patience * sweep.count)
+        for step in range(sweep.count):
+            seconds = max(answer["seconds"][step] for answer in answers)
+            if compute:
+                into.setdefault("steps", {}).setdefault(f"{compute:g}", []).append(seconds)
+                continue
+            into.setdefault("exchange", []).append(seconds)
+            for key in ("sent", "metered"):
+                values = [answer[key][step] for answer in answers]
+                mean = None if None in values else sum(values) / len(values)
+                into.setdefault(key, []).append(mean)
+            into.setdefault("sent_most", []).append(max(answer["sent"][step] for answer in answers))
+            into.setdefault("cpu", []).append(sum(answer["cpu"][step] for answer in answers) / len(answers))
+    crew.ask({"do": "close"}, timeout=120)
+
+
+def run(sweep: Sweep, out: Path, log: IO[str]) -> dict[str, Any]:
+    """Measures everything; `out` is written as results come in.
+
+    Returns:
+        What was written: commit, command, date, machine, and a list of results.
+    """
+    document: dict[str, Any] = {
+        "commit": commit(),
+        "command": " ".join(["python", *sys.argv]),
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "machine": machine(),
+        "results": [],
+    }
+    begin = time.monotonic()
+    hello = {"model": sweep.model, "signal": sweep.signal}
+    for hosts in sweep.hosts:
+        with Lab(hosts, congestion=sweep.congestion) as lab:
+            crews = dict.fromkeys(sweep.peers, Crew(lab, hello, log))
+            for number, (name, where) in enumerate(sweep.extra.items(), start=1):
+                python, script = where.split(":", 1)
+                crews[name] = Crew(lab, hello, log, python=python, script=script, number=number)
+            for rate in sweep.rates:
+                results: dict[str, dict[str, Any]] = {
+                    name: {"peer": name, "hosts": hosts, "rate": rate, "model": sweep.model} for name in crews
+                }
+                document["results"] += results.values()
+                for turn in range(sweep.turns(rate)):
+                    for name in list(crews) if turn % 2 == 0 else reversed(list(crews)):
+                        result = results[name]
+                        if "failed" in result:
+                            continue
+                        try:
+                            measure(lab, crews[name], name, rate, sweep, result)
+                            said = f"{result['exchange'][-1]:.3f} s"
+                        except Failed as error:
+                            result["failed"] = said = str(error)
+                        past = (time.monotonic() - begin) / 60
+                        line = f"{past:5.1f} min: {hosts} hosts, {rate}, turn {turn + 1}: {name}: {said}"
+                        print(line, file=sys.stderr, flush=True)
+                    out.write_text(json.dumps(document, indent=1) + "\n")
+    return document
+
+
+def origin(document: dict[str, Any]) -> str:
+    """Where a document's figures come from, in a line of Markdown."""
+    on = document["machine"]
+    return (
+        f"`{document['command']}`, commit {document['commit']}, {document['date']}, {on['cores']} cores of {on['cpu']}."
+    )
 
 
 def arguments() -> argparse.Namespace:
@@ -48,7 +171,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--signal", type=float, default=0.0, help="share of the gradients' energy common to all ranks")
     parser.add_argument("--congestion", default="cubic", help="TCP's congestion control")
     parser.add_argument("--out", type=Path, default=RESULTS / "links.json")
-    parser.add_argument("--quick", action="store_true", help="4 hosts, 1gbit, 2 turns of 1 exchange")
+    parser.add_argument("--quick", action="store_true", help="4 hosts, 1gbit, 2 turns of 1 exchange; not to --out")
     parser.add_argument("--estimate", action="store_true", help="only say how long the run would take")
     options = parser.parse_args()
     if options.quick:
@@ -67,105 +190,33 @@ def arguments() -> argparse.Namespace:
     return options
 
 
-def turns(options: argparse.Namespace, rate: str) -> int:
-    """One at slow rates: an exchange takes so long there that the machine's noise is nothing."""
-    return 1 if bits_per_second(rate) <= 1e8 else options.repeat
-
-
-def estimate(options: argparse.Namespace) -> float:
-    """Seconds that the run will take, roughly."""
-    total = 0.0
-    for hosts in options.hosts:
-        for rate in options.rate:
-            step = max(1.3 * ring_bytes(hosts, options.model) * 8 / bits_per_second(rate), 0.3 * hosts)
-            for name in [*options.peers, *options.extra]:
-                cost = PEERS[name].cost if name in PEERS else 0.3
-                seconds = (1 + options.count) * step * cost
-                seconds += options.count * sum(max(c, 0.8 * step * cost) + 0.2 for c in options.compute)
-                total += turns(options, rate) * (seconds + SETUP_SECONDS * hosts * (1 + cost))
-        total += 6 * hosts
-    return total
-
-
-def measure(lab: Lab, crew: Crew, peer: str, rate: str, options: argparse.Namespace, into: dict[str, Any]) -> None:
-    """One turn of one contestant, added to its result."""
-    slowest = ring_bytes(lab.hosts, options.model) * 8 / bits_per_second(rate)
-    patience = 300 + 30 * slowest * (PEERS[peer].cost if peer in PEERS else 1)
-    lab.shape(UNSHAPED)
-    crew.start()
-    answers = crew.ask({"do": "setup", "peer": peer}, timeout=300)
-    into["agree"] = into.get("agree", True) and len({answer["agree"] for answer in answers}) == 1
-    into["error"], into["once"] = answers[0].get("error"), answers[0].get("once")
-    lab.shape(rate)
-    crew.ask({"do": "measure", "count": 1, "compute": 0.0}, timeout=patience)
-    for compute in (0.0, *options.compute):
-        command = {"do": "measure", "count": options.count, "compute": compute}
-        answers = crew.ask(command, timeout=patience * options.count)
-        for step in range(options.count):
-            seconds = max(answer["seconds"][step] for answer in answers)
-            if compute:
-                into.setdefault("steps", {}).setdefault(f"{compute:g}", []).append(seconds)
-                continue
-            into.setdefault("exchange", []).append(seconds)
-            for key in ("sent", "metered"):
-                values = [answer[key][step] for answer in answers]
-                mean = None if None in values else sum(values) / len(values)
-                into.setdefault(key, []).append(mean)
-            into.setdefault("sent_most", []).append(max(answer["sent"][step] for answer in answers))
-            into.setdefault("cpu", []).append(sum(answer["cpu"][step] for answer in answers) / len(answers))
-    crew.ask({"do": "close"}, timeout=120)
-
-
 def main() -> int:
     """The whole run."""
     options = arguments()
     if (why := missing()) is not None:
         print(f"links: {why}", file=sys.stderr)
         return 2
-    print(f"about {estimate(options) / 60:.0f} minutes", file=sys.stderr)
+    sweep = Sweep(
+        hosts=options.hosts,
+        rates=options.rate,
+        peers=options.peers,
+        model=options.model,
+        extra=options.extra,
+        repeat=options.repeat,
+        count=options.count,
+        compute=tuple(options.compute),
+        signal=options.signal,
+        congestion=options.congestion,
+    )
+    print(f"about {sweep.seconds() / 60:.0f} minutes", file=sys.stderr)
     if options.estimate:
         return 0
-    document: dict[str, Any] = {
-        "commit": commit(),
-        "command": " ".join(["python", *sys.argv]),
-        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-        "machine": machine(),
-        "results": [],
-    }
-    begin = time.monotonic()
-    log = tempfile.NamedTemporaryFile("w", prefix="links-", suffix=".log", delete=False)  # noqa: SIM115
-    print(f"what the ranks say goes to {log.name}", file=sys.stderr)
-    for hosts in options.hosts:
-        with Lab(hosts, congestion=options.congestion) as lab:
-            hello = {"model": options.model, "signal": options.signal}
-            crew = Crew(lab, hello, log)
-            crews = dict.fromkeys(options.peers, crew)
-            for number, (name, where) in enumerate(options.extra.items(), start=1):
-                python, script = where.split(":", 1)
-                crews[name] = Crew(lab, hello, log, python=python, script=script, number=number)
-            for rate in options.rate:
-                results = {name: {"peer": name, "hosts": hosts, "rate": rate, "model": options.model} for name in crews}
-                document["results"] += results.values()
-                for turn in range(turns(options, rate)):
-                    for name in list(crews) if turn % 2 == 0 else reversed(list(crews)):
-                        result = results[name]
-                        if "failed" in result:
-                            continue
-                        try:
-                            measure(lab, crews[name], name, rate, options, result)
-                            said = f"{result['exchange'][-1]:.3f} s"
-                        except Failed as error:
-                            result["failed"] = said = str(error)
-                        past = (time.monotonic() - begin) / 60
-                        print(
-                            f"{past:5.1f} min: {hosts} hosts, {rate}, turn {turn + 1}: {name}: {said}", file=sys.stderr
-                        )
-                    options.out.write_text(json.dumps(document, indent=1) + "\n")
+    with tempfile.NamedTemporaryFile("w", prefix="links-", suffix=".log", delete=False) as log:
+        print(f"what the ranks say goes to {log.name}", file=sys.stderr)
+        document = run(sweep, options.out, log)
     table = markdown(document)
-    options.out.with_suffix(".md").write_text(
-        f"# The exchange of gradients over shaped links\n\n`{document['command']}`, commit {document['commit']}, "
-        f"{document['date']}, {document['machine']['cores']} cores of {document['machine']['cpu']}.\n\n{table}"
-    )
+    text = f"# The exchange of gradients over shaped links\n\n{origin(document)}\n\n{table}"
+    options.out.with_suffix(".md").write_text(text)
     print(table)
     return 0
 
