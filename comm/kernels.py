@@ -361,12 +361,12 @@ def _find_scales(x, groups, clip, limits, mean, largest, counts, sums, scales): 
 
 
 @njit(nogil=True, cache=True)
-def _encode_scales(scales, relatives, number, q):  # type: ignore[no-untyped-def]
+def _encode_scales(scales, codes, number, q):  # type: ignore[no-untyped-def]
     """Writes the bytes q [8] of the scales of blocks [8], returns the span's exponent, and makes scales what they say.
 
-    `number` [1] and `relatives` [8] are room to work in.
+    `number` [1] and `codes` (int32 [8]) are room to work in.
     """
-    word, words = number.view(np.int32), relatives.view(np.int32)
+    word, words = number.view(np.int32), scales.view(np.int32)
     largest = np.float32(0)
     for j in range(8):
         if np.isnan(scales[j]):
@@ -380,14 +380,16 @@ def _encode_scales(scales, relatives, number, q):  # type: ignore[no-untyped-def
     if base == 0:
         q[:] = 255
         return exponent
+    # The smallest of the 2^(-q/8) that is not below, relative to the span: octaves by the exponents' difference,
+    # eighths by the mantissa.
     for j in range(8):
-        relatives[j] = scales[j] / base
+        codes[j] = np.int32(8) * np.int32(np.int32(exponent - 1) - np.int32(words[j] >> 23))
+    for b in range(8):
+        eighth = _EIGHTHS[b]
+        for j in range(8):
+            codes[j] += np.int32(np.int32(words[j] & np.int32(0x7FFFFF)) <= eighth)
     for j in range(8):
-        mantissa = words[j] & 0x7FFFFF
-        code = 8 * (126 - (words[j] >> 23))  # a scale of the octave above
-        for b in range(8):  # the smallest scale that is not below
-            code += mantissa <= _EIGHTHS[b]
-        code = min(max(code, 0), 254)
+        code = min(max(codes[j], 0), 254)
         code = 255 if scales[j] == 0 else code
         q[j] = code
         scales[j] = base * _SCALES[code]
@@ -432,7 +434,7 @@ def encode_table(  # type: ignore[no-untyped-def]
     padded, padded_left = np.empty(8 * room, dtype=np.float32), np.empty(8 * room, dtype=np.float32)
     planes = np.empty(8 * room, dtype=np.uint8)
     scales, inverses, steps = np.empty(8, np.float32), np.empty(8, np.float32), np.empty(8, np.float32)
-    relatives, number, sums = np.empty(8, np.float32), np.empty(1, np.float32), np.empty(8, np.float32)
+    codes, number, sums = np.empty(8, np.int32), np.empty(1, np.float32), np.empty(8, np.float32)
     largest, counts = np.empty(8, np.int32), np.empty(8, np.int32)
     block_limits = np.empty(8 if limits.size > 0 else 0, np.float32)
     heads = np.empty(_SCALE_BYTES, np.uint8)
@@ -469,9 +471,10 @@ def encode_table(  # type: ignore[no-untyped-def]
                     element = table[s, 4] * span + min(b * span + j * groups, numel - 1)
                     block_limits[j] = limits[limit_at[s] + element // limit_rows[s]]
                 _find_scales(piece, stride, clip, block_limits, mean, largest, counts, sums, scales)
-                exponent = _encode_scales(scales, relatives, number, heads)
+                exponent = _encode_scales(scales, codes, number, heads)
                 out[end] = exponent
-                out[end + 1 : end + _SCALE_BYTES] = heads[:8]
+                for j in range(8):
+                    out[end + 1 + j] = heads[j]
                 end += _SCALE_BYTES
                 if bits == 0:
                     continue
@@ -481,7 +484,8 @@ def encode_table(  # type: ignore[no-untyped-def]
                 piece[:] = 0
             for j in range(8):
                 inverses[j] = limit / scales[j] if scales[j] > 0 and not dead else np.float32(0)
-                steps[j] = -(scales[j] / k)
+                if feedback:
+                    steps[j] = -(scales[j] / k)
             first = (table[s, 4] + b) * (span // 2)
             if whole:
                 _round(

@@ -139,6 +139,8 @@ def limits(x: Tensor, part: Shard, span: int, clip: float, by_row: bool, residua
         squares.index_add_(0, index, wide.square())
         counts.index_add_(0, index, (wide != 0).double())
     values = float(np.float32(clip)) * (squares / counts.clamp(min=1)).sqrt().float()
+    # A row of zeros says nothing about a block that begins in it and goes on into the next.
+    values = torch.where(values > 0, values, torch.full_like(values, torch.inf))
     return Limits(values.cpu().numpy(), at, rows)
 
 
