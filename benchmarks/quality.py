@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import statistics
 import subprocess
 import sys
@@ -29,10 +30,11 @@ ROUTES = {
     "fp32": ["comm.route=fp32"],
     "3/4 bits": [],
     "server": ["comm.route=server"],
+    "server, delta": ["comm.route=server", "comm.weights=delta"],
     "split": ["comm.route=split", SPLIT],
 }
-"""server: 3-bit gradients up, LAQ weights of 4 bits down. split: the embeddings to such a server, vectors in fp32, the
-other matrices at 3/4 bits."""
+"""server: 3-bit gradients up, LAQ weights of 4 bits down; delta: what the weights changed by, in 4 bits. split: the
+embeddings to a LAQ server, vectors in fp32, the other matrices at 3/4 bits."""
 
 
 def run(recipe: str, directory: Path, settings: list[str]) -> dict:
@@ -68,7 +70,7 @@ def main() -> None:
         results = json.loads(options.json.read_text())
     for route in options.routes:
         for seed in options.seeds:
-            name = f"{route.replace('/', '-').replace(' ', '-')}-seed-{seed}"
+            name = f"{re.sub('[^a-z0-9]+', '-', route)}-seed-{seed}"
             done = run(options.recipe, options.runs / name, [f"seed={seed}", *ROUTES[route], *options.set])
             results.setdefault(route, {})[str(seed)] = done
             print(f"{route}, seed {seed}: BLEU {done['bleu']:.2f}", flush=True)

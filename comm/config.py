@@ -74,8 +74,12 @@ class CommConfig:
     bits_down holds the sum."""
     levels: Literal["flat", "node"] = "flat"
     """node: full precision inside a node, quantized between nodes."""
+    weights: Literal["laq", "delta"] = "laq"
+    """server: what comes down. laq: the weights, by loss-aware quantization, so that workers compute with few bits;
+    delta: what weights changed by, in bits_down, and what that left out the next time, so that workers follow the
+    full-precision weights closely."""
     weight_bits: int = 4
-    """server: bits of a weight on the way down, 2 to 8 by loss-aware quantization (LAQ), or 16 or 32, unquantized."""
+    """weights: laq: bits of a weight on the way down, 2 to 8, or 16 or 32, unquantized."""
     split: tuple[SplitRule, ...] = ()
     """split: the rules. A parameter that none takes, or two, is an error."""
 

@@ -8,8 +8,11 @@ optimizer's memory is ZeRO-1's.
     optimizer = route.optimizer(ddp_model.named_parameters(), lr=1e-3)
 
 The gradient is taken at the quantized weights, the full-precision ones are updated. After backward, `p.grad` holds the
-mean in the elements that this rank owns and zero elsewhere: norms must be taken with `route.total_norm`. A gradient that
-is not finite anywhere is NaN somewhere on every rank.
+mean in the elements that this rank owns and zero elsewhere: norms must be taken with `route.total_norm`. A gradient
+that is not finite anywhere is NaN somewhere on every rank.
+
+Instead of the weights, `weights="delta"` sends what they changed by, quantized as gradients are; the owner knows what
+the workers have, so what one message leaves out is in the next: they follow the full-precision weights closely.
 
 Source: Hou, Zhang & Kwok, "Analysis of Quantized Models", ICLR 2019.
 """
@@ -18,7 +21,7 @@ Source: Hou, Zhang & Kwok, "Analysis of Quantized Models", ICLR 2019.
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,10 +31,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .config import CommConfig, SplitRule
 from .hook import LaneRoute, _Gradient, quantizers
-from .lanes import Lane, PlainLane, Portion, QuantizedLane, gather, scatter
+from .lanes import DOWN, Lane, PlainLane, Portion, QuantizedLane, gather, scatter
 from .layout import Cut
 from .link import Exchange, Link
 from .owner import ShardOwner, WeightFormat
+from .reference import key_words
 from .rows import RowsLane
 from .split import assign, row_sparsity
 
@@ -215,6 +219,7 @@ class ParameterServer(ServerRoute):
     Args:
         bits: of a gradient's element on the way up, 1 to 8.
         weight_bits: of a weight on the way down, 2 to 8 (LAQ), 16 or 32 (unquantized); vectors travel in fp32.
+        weights: "laq", as `weight_bits` says; or "delta", what weights changed by, in `bits_down`, with feedback.
         clip, block, error_feedback, seed, timeout: as in QuantizedAllReduce.
 
     Raises:
@@ -228,12 +233,21 @@ class ParameterServer(ServerRoute):
         clip: float = 3.0,
         block: int = 0,
         *,
+        weights: Literal["laq", "delta"] = "laq",
+        bits_down: int = 4,
         error_feedback: bool = True,
         seed: int = 0,
         timeout: float = 1800.0,
     ) -> None:
         config = CommConfig(
-            route="server", bits=bits, weight_bits=weight_bits, clip=clip, block=block, error_feedback=error_feedback
+            route="server",
+            bits=bits,
+            bits_down=bits_down,
+            weights=weights,
+            weight_bits=weight_bits,
+            clip=clip,
+            block=block,
+            error_feedback=error_feedback,
         )
         super().__init__((), config, seed=seed, timeout=timeout)
 
@@ -270,6 +284,7 @@ class ServerOptimizer(torch.optim.Optimizer):
         served = route.lanes["server"]
         assert isinstance(served, ServerLane)
         indices = [route._index[id(p)] for p in self._tensors]
+        self._indices = np.array(indices, dtype=np.int64)
         cut = served.cut if route.world_size > 1 else Cut(
             [s.numel() for s in route._shapes], served.up.span, 1
         )  # fmt: skip
@@ -278,7 +293,11 @@ class ServerOptimizer(torch.optim.Optimizer):
         matrices = [np.array([len(shapes[t]) > 1 for t in shard.tensors], dtype=bool) for shard in self._shards]
         bits = route.config.weight_bits
         self._forms = [WeightFormat(s, m, bits) for s, m in zip(self._shards, matrices, strict=True)]
-        self._payloads = [torch.empty(form.size, dtype=torch.uint8, device=device) for form in self._forms]
+        self._delta = served.down if route.config.weights == "delta" else None
+        sizes = [form.size for form in self._forms]
+        if self._delta is not None:
+            sizes = [shard.size(self._delta.bits) for shard in self._shards]
+        self._payloads = [torch.empty(size, dtype=torch.uint8, device=device) for size in sizes]
         self._flat = torch.empty(sum(numels), dtype=torch.float32, device=device)
         for parameter, start in zip(self._tensors, self._starts, strict=True):
             self._flat[start : start + parameter.numel()] = parameter.detach().reshape(-1)
@@ -291,7 +310,8 @@ class ServerOptimizer(torch.optim.Optimizer):
             eps=eps,
             weight_decay=weight_decay,
         )
-        self._pull()
+        if self._delta is None:  # else all have the same weights already
+            self._pull()
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -327,15 +347,26 @@ class ServerOptimizer(torch.optim.Optimizer):
         """The owner's weights go out, quantized; everybody's come in, this rank's own included."""
         route = self._route
         own = self._payloads[route.rank]
-        self.owner.encode(own)
+        if self._delta is None:
+            self.owner.encode(own)
+        else:  # what the workers have is in the parameters: a checkpoint may just have been loaded into them
+            for parameter, start in zip(self._tensors, self._starts, strict=True):
+                self._flat[start : start + parameter.numel()] = parameter.reshape(-1)
+            shard = self._shards[route.rank]
+            missing = self.owner.weights - gather(self._flat, shard)
+            keys = key_words((route.seed, route.step, DOWN), self._indices[shard.tensors])
+            self._delta.encode_shard(missing, shard.compact(), keys, own)
         if route._link is not None:
             others = [rank for rank in range(route.world_size) if rank != route.rank]
             outgoing = {rank: own for rank in others if own.numel()}
             incoming: dict[int, Tensor | None] = {r: self._payloads[r] for r in others if self._payloads[r].numel()}
             route.meter.add(down=own.numel() * len(outgoing))
             route._link.start(WEIGHTS, outgoing, incoming).wait()
-        for form, payload in zip(self._forms, self._payloads, strict=True):
-            form.decode(payload, self._flat)
+        for form, shard, payload in zip(self._forms, self._shards, self._payloads, strict=True):
+            if self._delta is None:
+                form.decode(payload, self._flat)
+            else:
+                self._delta.decode_shard(payload, shard, self._flat, add=True)
         for parameter, start in zip(self._tensors, self._starts, strict=True):
             parameter.copy_(self._flat[start : start + parameter.numel()].view(parameter.shape))
 

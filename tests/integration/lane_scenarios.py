@@ -34,7 +34,7 @@ from tenko.comm import (
     register,
 )
 from tenko.comm.hook import LaneRoute
-from tenko.comm.lanes import PORTION
+from tenko.comm.lanes import PORTION, gather
 from tenko.comm.link import Exchange, GroupLink, run
 from tenko.comm.nodes import find_nodes
 from tenko.comm.server import ServerRoute
@@ -212,6 +212,20 @@ def server(folder: Path) -> None:
             assert_ranks_agree(flat(model))
     assert (flat(models[0]) - flat(models[1])).norm() < 0.05 * flat(models[0]).norm()
     thin.close()
+    delta = ParameterServer(weights="delta", bits_down=4)
+    model = wrapped(delta)
+    optimizer = delta.optimizer(model.named_parameters(), lr=1e-2)
+    before = float(loss_of(model.module, 0).detach())
+    for step in range(25):
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        optimizer.step()
+        assert_ranks_agree(flat(model))
+    assert float(loss_of(model.module, 0).detach()) < before / 4, "it learns"
+    held = gather(optimizer._flat, optimizer._shards[rank])
+    error = (held - optimizer.owner.weights).norm() / optimizer.owner.weights.norm()
+    assert 0 < error < 0.01, "workers follow the owner's weights, closer than 4 bits could say them"
+    delta.close()
 
     def fresh() -> tuple[ServerRoute, DistributedDataParallel, torch.optim.Optimizer]:
         route = ParameterServer(bits=3, weight_bits=4, seed=3)
@@ -233,7 +247,7 @@ def server(folder: Path) -> None:
     torch.save(saved, folder / f"server-{rank}.pt")
     go(model, optimizer, range(5, 25))
     assert_ranks_agree(flat(model))
-    assert float(loss_of(model.module, 0)) < first / 4, "it learns"
+    assert float(loss_of(model.module, 0).detach()) < first / 4, "it learns"
     end = flat(model).clone()
     owner = route.state_dict()["server"]
     assert owner["weights"].numel() < 0.75 * flat(model).numel(), "a shard, not the whole"
@@ -309,8 +323,14 @@ def group(_: Path) -> None:
         SplitRule(route="server", min_dims=2, exclude=("embedding*",)),
         SplitRule(route="fp16", max_dims=1),
     )
-    configs = (CommConfig(), CommConfig(levels="node"), CommConfig(route="split", split=rules), CommConfig(bits=1),
-               CommConfig(shared_scale=True))  # fmt: skip
+    configs = (
+        CommConfig(),
+        CommConfig(levels="node"),
+        CommConfig(route="split", split=rules),
+        CommConfig(bits=1),
+        CommConfig(route="server", weights="delta"),
+        CommConfig(shared_scale=True),
+    )
     for config in configs:
         over_mesh, over_group = make_route(config, 5), make_route(config, 5)
         assert isinstance(over_group, LaneRoute)

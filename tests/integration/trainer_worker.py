@@ -88,6 +88,7 @@ RULES = (
 )
 OTHERS = {
     "server": CommConfig(route="server"),
+    "delta": CommConfig(route="server", weights="delta"),
     "split": CommConfig(route="split", split=RULES),
     "shared": CommConfig(shared_scale=True),
     "one-bit": CommConfig(bits=1),
