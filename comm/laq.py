@@ -229,11 +229,15 @@ class WeightQuantizer:
         assert w.shape == v.shape, (w.shape, v.shape)
         assert w.dtype == v.dtype == torch.float32, (w.dtype, v.dtype)
         if w.device.type == "cpu":
-            from . import laq_kernels
+            from . import cpu, laq_kernels
 
-            table = np.ascontiguousarray(part.table)
+            weights, moments, codes = w.numpy(), v.numpy(), out.numpy()
             limits = STARTS, ALTERNATIONS, tolerance_of(self.bits)
-            laq_kernels.encode_table(w.numpy(), v.numpy(), table, out.numpy(), self.span, self.bits, *limits)
+
+            def work(rows: np.ndarray, _: np.ndarray) -> None:
+                laq_kernels.encode_table(weights, moments, rows, codes, self.span, self.bits, *limits)
+
+            cpu.spread(np.ascontiguousarray(part.table), self.span, 0, work)
         else:
             encode_table(w, v, part.table, out, self.span, self.bits)
 
@@ -243,11 +247,14 @@ class WeightQuantizer:
         assert payload.dtype == torch.uint8, payload.dtype
         assert out.dtype == torch.float32, out.dtype
         if out.device.type == "cpu":
-            from . import laq_kernels
+            from . import cpu, laq_kernels
 
-            laq_kernels.decode_table(
-                payload.numpy(), np.ascontiguousarray(part.table), out.numpy(), self.span, self.bits
-            )
+            codes, values_of = payload.numpy(), out.numpy()
+
+            def work(rows: np.ndarray, _: np.ndarray) -> None:
+                laq_kernels.decode_table(codes, rows, values_of, self.span, self.bits)
+
+            cpu.spread(np.ascontiguousarray(part.table), self.span, 0, work)
         else:
             decode_table(payload, part.table, out, self.span, self.bits)
 

@@ -162,6 +162,25 @@ def test_odd_lengths_and_scattered_segments(numel: int, bits: int) -> None:
     assert weighted_error(w, v.sqrt(), straight) < {2: 0.35, 3: 0.1, 5: 0.01, 8: 1e-4}[bits]
 
 
+def test_threads_write_the_same_bytes() -> None:
+    w, v = gaussian(300_001, 12)
+    quantizer = WeightQuantizer(3, 64)
+    part = quantizer.layout(shard_of([200_001, 100_000]))
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            payload = torch.zeros(quantizer.size(part), dtype=torch.uint8)
+            quantizer.encode(w, v, part, payload)
+            out = torch.full_like(w, torch.nan)
+            quantizer.decode(payload, part, out)
+            results.append((payload, out))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
 def test_payload_is_thin() -> None:
     quantizer = WeightQuantizer(4)
     part = quantizer.layout(single(1_000_000, 1024))
