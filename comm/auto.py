@@ -141,5 +141,3 @@ class Auto(Route):
     def close(self) -> None:
         for route in self.candidates.values():
             route.close()
-
-
