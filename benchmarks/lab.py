@@ -22,6 +22,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -148,6 +149,8 @@ class Lab:
         if (why := missing()) is not None:
             raise RuntimeError(why)
         remove_leftovers()
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, _leave)  # a polite kill tidies up, as Ctrl-C does
         try:
             self.up()
         except BaseException:
@@ -277,6 +280,10 @@ class Lab:
                 code = None
             ended.append(Ended(host=i, code=code, output=output))
         return ended
+
+
+def _leave(number: int, frame: object) -> None:
+    sys.exit(128 + number)
 
 
 def _ip(*commands: str, namespace: str = "") -> None:

@@ -138,6 +138,10 @@ class Rank:
     def close(self) -> None:
         if self.route is not None:
             self.route.close()
+            # DDP's C++ side holds the hook, the hook its route, the route the model: no collector sees that circle.
+            for held in (getattr(self.route, "route", None), self.route):
+                if held is not None:
+                    vars(held).clear()
         self.route = self.ddp = None
         for parameter in self.model.order:
             parameter.grad = None

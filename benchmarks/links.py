@@ -19,7 +19,7 @@ import json
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -46,7 +46,7 @@ class Sweep:
     extra: dict[str, str] = field(default_factory=dict)
     """PYTHON:SCRIPT of contestants of other environments, by name."""
     repeat: int = 3
-    """Turns of every contestant; one at 100 Mbit/s and less, where an exchange is so long that noise is nothing."""
+    """Turns of every contestant."""
     count: int = 2
     """Measured steps of each kind a turn."""
     compute: tuple[float, ...] = (0.3, 1.0)
@@ -55,20 +55,24 @@ class Sweep:
     """Share of the gradients' energy that all ranks have in common."""
     congestion: str = "cubic"
 
-    def turns(self, rate: str) -> int:
-        return 1 if bits_per_second(rate) <= 1e8 else self.repeat
+    def at(self, rate: str) -> Sweep:
+        """At 100 Mbit/s and less every step takes many seconds, beside which noise is nothing: one of each kind."""
+        if bits_per_second(rate) > 1e8 or self.model == "small":
+            return self
+        return replace(self, repeat=1, count=1, compute=self.compute[-1:])
 
     def seconds(self) -> float:
         """How long it will take, roughly."""
         total = 0.0
         for hosts in self.hosts:
             for rate in self.rates:
+                here = self.at(rate)
                 step = max(1.3 * ring_bytes(hosts, self.model) * 8 / bits_per_second(rate), 0.3 * hosts)
                 for name in [*self.peers, *self.extra]:
                     cost = PEERS[name].cost if name in PEERS else 0.3
-                    seconds = (1 + self.count) * step * cost
-                    seconds += self.count * sum(max(c, 0.8 * step * cost) + 0.2 for c in self.compute)
-                    total += self.turns(rate) * (seconds + SETUP_SECONDS * hosts * (1 + cost))
+                    seconds = (1 + here.count) * step * cost
+                    seconds += here.count * sum(max(c, 0.8 * step * cost) + 0.2 for c in here.compute)
+                    total += here.repeat * (seconds + SETUP_SECONDS * hosts * (1 + cost))
             total += 6 * hosts
         return total
 
@@ -132,13 +136,13 @@ def run(sweep: Sweep, out: Path, log: IO[str]) -> dict[str, Any]:
                     name: {"peer": name, "hosts": hosts, "rate": rate, "model": sweep.model} for name in crews
                 }
                 document["results"] += results.values()
-                for turn in range(sweep.turns(rate)):
+                for turn in range(sweep.at(rate).repeat):
                     for name in list(crews) if turn % 2 == 0 else reversed(list(crews)):
                         result = results[name]
                         if "failed" in result:
                             continue
                         try:
-                            measure(lab, crews[name], name, rate, sweep, result)
+                            measure(lab, crews[name], name, rate, sweep.at(rate), result)
                             said = f"{result['exchange'][-1]:.3f} s"
                         except Failed as error:
                             result["failed"] = said = str(error)
@@ -165,7 +169,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", choices=sorted(MODELS), default="base")
     parser.add_argument("--peers", nargs="+", help=f"of: {'; '.join(PEERS)}. All but the slow ones by default")
     parser.add_argument("--extra", nargs="+", default=[], metavar="NAME=PYTHON:SCRIPT", help="see link_rank.py")
-    parser.add_argument("--repeat", type=int, default=3, help="turns of every contestant; at 100mbit and less, one")
+    parser.add_argument("--repeat", type=int, default=3, help="turns of every contestant; at 100mbit, one")
     parser.add_argument("--count", type=int, default=2, help="measured exchanges a turn")
     parser.add_argument("--compute", type=float, nargs="*", default=[0.3, 1.0], help="seconds of a step's computation")
     parser.add_argument("--signal", type=float, default=0.0, help="share of the gradients' energy common to all ranks")

@@ -95,7 +95,8 @@ def test_lab_of_a_killed_program_is_removed_by_the_next_and_a_running_one_is_lef
     assert time.monotonic() - begin < 20
 
 
-def test_interrupted_program_removes_its_lab() -> None:
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_program_removes_its_lab(sent: signal.Signals) -> None:
     program = f"import sys, time; sys.path.insert(0, {BENCHMARKS!r}); from lab import Lab\n" + (
         "with Lab(2):\n    print('up', flush=True)\n    time.sleep(600)"
     )
@@ -104,7 +105,7 @@ def test_interrupted_program_removes_its_lab() -> None:
     )
     assert started.stdout is not None
     assert started.stdout.readline() == "up\n"
-    started.send_signal(signal.SIGINT)
+    started.send_signal(sent)
     started.communicate(timeout=30)
     assert not [name for name in namespaces() if f"-{started.pid}-" in name]
 
