@@ -154,7 +154,8 @@ def overflow(corpus: Corpus, folder: Path, stage: int) -> None:
     from tenko.nmt.deepspeed_engine import ZeroEngine, plugin
     from tenko.nmt.trainer import Trainer
 
-    config = TrainConfig(precision="fp32", lr=5e-3, warmup_updates=4, engine="deepspeed", zero_stage=stage)  # type: ignore[arg-type]
+    precision = "bf16" if stage == 2 else "fp32"
+    config = TrainConfig(precision=precision, lr=5e-3, warmup_updates=4, engine="deepspeed", zero_stage=stage)
     accelerator = Accelerator(deepspeed_plugin=plugin(config.zero_stage, config.clip_norm), mixed_precision="no")
     rank = distributed.rank()
     assert distributed.world_size() == 2
@@ -180,6 +181,13 @@ def overflow(corpus: Corpus, folder: Path, stage: int) -> None:
     assert len(differing(after, before)) > 0.9 * len(after)
     assert trainer._figures(0.0).get("overflows") is None
     distributed.assert_ranks_agree(trainer.parameters.values(), "weights")
+
+    # The engine's own autocast: on a GPU DeepSpeed ends the one that the trainer began.
+    seen: list[torch.dtype] = []
+    handle = trainer.model.decoder.layers[0].fc1.register_forward_hook(lambda *call: seen.append(call[2].dtype))
+    trainer.wrapped(stream.update(1).samples[0])
+    handle.remove()
+    assert seen == [torch.bfloat16 if stage == 2 else torch.float32]
 
     state = trainer.engine.state_dict()
     with pytest.raises(ValueError, match=r"train\.engine: .* is not there"):
