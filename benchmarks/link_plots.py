@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import matplotlib.ticker
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -87,6 +88,8 @@ def draw_model(document: dict[str, Any], path: Path) -> None:
         worst.append(f"{LABELS.get(peer, peer)}: median {off[len(off) // 2]:.0%}, largest {off[-1]:.0%}")
         axes.loglog([f[3] for f in found], [f[4] for f in found], "o", color=COLOURS.get(peer, "tab:red"), markersize=4)
     low, high = axes.get_xlim()
+    axes.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+    axes.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
     axes.plot([low, high], [low, high], ":", color="black", linewidth=1)
     axes.set_title(f"model's error on {cores} shared cores\n" + "\n".join(worst), fontsize=8)
     axes.set_xlabel("measured, s")

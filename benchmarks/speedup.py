@@ -33,7 +33,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hosts", type=int, nargs="+", default=[2, 3, 4, 6, 8])
     parser.add_argument("--rate", nargs="+", default=["1gbit", "10gbit", "none"])
-    parser.add_argument("--compute", type=float, nargs="+", default=[0.1, 0.5], help="seconds of a step's computation")
+    parser.add_argument("--compute", type=float, nargs="+", default=[0.1, 1.0], help="seconds of a step's computation")
     parser.add_argument("--peers", nargs="+", default=CONTESTANTS)
     parser.add_argument("--repeat", type=int, default=2)
     parser.add_argument("--count", type=int, default=2)

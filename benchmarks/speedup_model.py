@@ -1,11 +1,11 @@
 """A model of the exchange, fitted to measured points and extended to 16 nodes of 4 GPUs.
 
-    exchange = alpha * (n - 1)  +  headers * bytes / rate  +  gamma * elements * max(1, n / cores)
+    exchange = ALPHA * (n - 1)  +  HEADERS * bytes / rate  +  gamma * elements * max(1, n / cores)
 
-alpha: what another rank adds to latency, seconds. bytes: what a rank sends, as the kernel counted. headers: 1.045,
-TCP's and Ethernet's at an MTU of 1500. gamma: processor time an element, codec and sockets, seconds; here all ranks
-share this machine's cores, on real machines they do not. alpha and gamma are fitted, by contestant, over all rates; a
-step is an exchange whose gradients leave as they become ready (link_table.earliest).
+ALPHA: latency that another rank adds, seconds. bytes: what a rank sends, as the kernel counted. gamma: processor time
+an element, codec and sockets; here all ranks share this machine's cores, on real machines they do not. gamma is fitted,
+by contestant, to the exchanges over all rates; a step is an exchange whose gradients leave as they become ready
+(link_table.earliest).
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from lab import bits_per_second
 from link_model import MODELS
 from link_table import BASELINE, earliest
 
+ALPHA = 1e-4
+"""Above the lab's round trip of 0.07 ms: an exchange is one up and one down."""
 HEADERS = 1.045
+"""TCP's and Ethernet's, at an MTU of 1500."""
 GPU_SECONDS = 60.5e6 * 40 / 1e12
 """Codec of 60.5M elements on a GPU: some 40 bytes an element through memory at 1 TB/s. Assumed, not measured."""
 INSIDE = 100e9
@@ -30,8 +32,8 @@ INSIDE = 100e9
 class Fit:
     """A contestant's constants."""
 
-    alpha: float
     gamma: float
+    """Seconds an element."""
     bytes_per_element: float
     """A rank sends this times (n - 1) / n, an element."""
 
@@ -40,7 +42,7 @@ class Fit:
         if n == 1:
             return 0.0
         sent = self.bytes_per_element * (n - 1) / n * elements
-        return self.alpha * (n - 1) + HEADERS * sent * 8 / rate + self.gamma * elements * max(1.0, n / cores)
+        return ALPHA * (n - 1) + HEADERS * sent * 8 / rate + self.gamma * elements * max(1.0, n / cores)
 
 
 def elements(model: str) -> int:
@@ -48,23 +50,17 @@ def elements(model: str) -> int:
 
 
 def fit(document: dict[str, Any], peer: str) -> Fit:
-    """Least squares, relative to each measured exchange; constants are not negative."""
-    points = [r for r in document["results"] if r["peer"] == peer and "failed" not in r]
+    """The median over the measured exchanges of what gamma would explain each of them."""
     cores = document["machine"]["cores"]
-    rows, wanted, per_element = [], [], []
-    for r in points:
-        n, seconds, sent = r["hosts"], statistics.median(r["exchange"]), statistics.median(r["sent"])
-        rest = seconds - HEADERS * sent * 8 / bits_per_second(r["rate"])
-        rows.append([(n - 1) / seconds, elements(r["model"]) * max(1.0, n / cores) / seconds])
-        wanted.append(rest / seconds)
-        per_element.append(sent / elements(r["model"]) * n / (n - 1))
-    a, b = np.array(rows), np.array(wanted)
-    alpha, gamma = np.linalg.lstsq(a, b, rcond=None)[0]
-    if alpha < 0:
-        alpha, gamma = 0.0, float(a[:, 1] @ b / (a[:, 1] @ a[:, 1]))
-    if gamma < 0:
-        alpha, gamma = max(0.0, float(a[:, 0] @ b / (a[:, 0] @ a[:, 0]))), 0.0
-    return Fit(float(alpha), float(gamma), statistics.median(per_element))
+    gammas, per_element = [], []
+    for r in document["results"]:
+        if r["peer"] != peer or "failed" in r:
+            continue
+        n, count, sent = r["hosts"], elements(r["model"]), statistics.median(r["sent"])
+        wire = ALPHA * (n - 1) + HEADERS * sent * 8 / bits_per_second(r["rate"])
+        gammas.append(max(0.0, statistics.median(r["exchange"]) - wire) / (count * max(1.0, n / cores)))
+        per_element.append(sent / count * n / (n - 1))
+    return Fit(statistics.median(gammas), statistics.median(per_element))
 
 
 def step(constants: Fit, n: int, rate: float, model: str, compute: float, cores: float) -> float:
@@ -75,7 +71,7 @@ def step(constants: Fit, n: int, rate: float, model: str, compute: float, cores:
 def gpu_step(constants: Fit, nodes: int, rate: float, model: str, compute: float, *, thin: bool) -> float:
     """Seconds of a step on nodes of 4 GPUs: a sum inside the node, then the exchange between nodes, codec on GPUs."""
     inside = 2 * 3 / 4 * 4 * elements(model) / INSIDE
-    between = Fit(constants.alpha, 0.0, constants.bytes_per_element).exchange(nodes, rate, elements(model), nodes)
+    between = Fit(0.0, constants.bytes_per_element).exchange(nodes, rate, elements(model), nodes)
     return earliest(model, compute, inside + between + (GPU_SECONDS if thin else 0.0))
 
 
@@ -119,13 +115,13 @@ def describe(document: dict[str, Any]) -> str:
                             loses.append(f"{p}, n = {n}, {rate}, {compute} s: {share:.2f} of fp32's")
     lines += ["", "Where compression loses: " + ("; ".join(loses) or "at none of these points") + ".", ""]
     lines += ["The model (`speedup_model.py`), fitted to these exchanges:", ""]
-    lines += ["| contestant | alpha, ms a rank | gamma, ns an element | bytes an element | median error | largest |"]
-    lines += ["|---|---|---|---|---|---|"]
+    lines += ["| contestant | gamma, ns an element | bytes an element | median error | largest |"]
+    lines += ["|---|---|---|---|---|"]
     for peer in peers:
         f = fit(document, peer)
         off = [abs(predicted / measured - 1) for *_, measured, predicted in errors(document, peer)]
         lines.append(
-            f"| {peer} | {f.alpha * 1e3:.2f} | {f.gamma * 1e9:.2f} | {f.bytes_per_element:.2f} (n-1)/n "
+            f"| {peer} | {f.gamma * 1e9:.2f} | {f.bytes_per_element:.2f} (n-1)/n "
             f"| {statistics.median(off):.0%} | {max(off):.0%} |"
         )
     lines += ["", "Errors are those of all measured exchanges and steps, the ones fitted to included.", ""]
