@@ -19,13 +19,13 @@ export OMP_NUM_THREADS ?= 1
 .PHONY: demo test venv lint bench wheel clean FORCE
 .DELETE_ON_ERROR:
 
-demo: venv
+demo: $(VENV)/.tenko
 	$(BIN)/tenko run recipes/demo.yaml
 
 test: venv
 	$(BIN)/python -m pytest
 
-venv: $(VENV)/.tenko
+venv: $(VENV)/.tenko $(VENV)/.extras
 
 # torch before all else, so that nothing drags in another build of it; fairseq by hash.
 $(VENV)/.dependencies: constraints.txt requirements-fairseq.txt setup.py
@@ -37,8 +37,14 @@ $(VENV)/.dependencies: constraints.txt requirements-fairseq.txt setup.py
 	$(PIP) setuptools
 	$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --require-hashes --requirement requirements-fairseq.txt
 	$(BIN)/python setup.py --quiet egg_info --egg-base $(VENV)
-	grep -v '^\[' $(VENV)/tenko.egg-info/requires.txt | grep . | sort -u > $(VENV)/requirements.txt
+	sed '/^\[/,$$d' $(VENV)/tenko.egg-info/requires.txt > $(VENV)/requirements.txt
 	$(PIP) --requirement $(VENV)/requirements.txt
+	touch $@
+
+# What tests and benchmarks want beyond that: all extras, dev among them.
+$(VENV)/.extras: $(VENV)/.dependencies
+	grep -v '^\[' $(VENV)/tenko.egg-info/requires.txt | grep . | sort -u > $(VENV)/requirements-all.txt
+	$(PIP) --requirement $(VENV)/requirements-all.txt
 	touch $@
 
 # A strict editable install links single files: anew whenever a file comes or goes.

@@ -43,6 +43,9 @@ setup(
     extras_require={
         "ctranslate2": ["ctranslate2>=4.8"],
         "trackers": ["tensorboard>=2.18"],
+        "gpu": ["triton>=3.5"],  # the quantizer's kernels; torch's CUDA builds bring it along
+        "mpi": ["mpi4py>=4.1", "openmpi>=5.0"],  # parameter servers on ranks of their own
+        "deepspeed": ["deepspeed>=0.19.8"],
         "dev": [
             "setuptools>=77",
             "psutil>=5",
@@ -52,6 +55,7 @@ setup(
             "mypy>=1.16",
             "types-PyYAML",
             "ctranslate2>=4.8",
+            "pytorch-lightning>=2.6.4",  # not `lightning`: two of its releases were an attacker's
         ],
     },
     entry_points={"console_scripts": ["tenko = tenko.launch.cli:main"]},

@@ -130,6 +130,10 @@ def loads(text: str, label: str, overrides: tuple[str, ...] | list[str] = ()) ->
     recipe = build(_Head, root, "", problems)
     stages = _stages(stage_node, stage_place, problems)
     problems.check()
+    if recipe.comm.route != "fp32" and any(getattr(stage.config, "engine", "ddp") == "deepspeed" for stage in stages):
+        message = f"must be fp32 with engine: deepspeed, which exchanges gradients itself, is {recipe.comm.route}"
+        problems.add(root.keys.get("comm", root.place), "comm.route", message)
+        problems.check()
     head = {key: getattr(recipe, key) for key in _TOP_KEYS if key != "stages"}
     return Recipe(**head, stages=stages)
 

@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from tenko.nmt import checkpoint, distributed
 from tenko.nmt.batches import UpdateStream
 from tenko.nmt.config import DecodeConfig, ModelConfig, TrainConfig
 from tenko.nmt.corpus import Corpus
+from tenko.nmt.deepspeed_engine import ZeroEngine, plugin
 from tenko.nmt.fairseq_bridge import build_model
 from tenko.nmt.prepare import prepare
 from tenko.nmt.trainer import Trainer, load_weights
@@ -36,6 +38,7 @@ from .rundir import ARTEFACT, StageContext
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from accelerate.utils import DeepSpeedPlugin
 
 SAMPLES = 8
 """Translations of unseen sentences kept in a result."""
@@ -48,7 +51,10 @@ def run_train(context: StageContext) -> None:
     recipe, config = context.recipe, context.stage.config
     assert isinstance(config, TrainConfig)
     started = time.monotonic()
-    accelerator = _accelerator(context, config.trackers)
+    zero = config.engine == "deepspeed" and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if config.engine == "deepspeed" and not zero:
+        context.reporter.log("train.engine: deepspeed has nothing to split with one worker, and is ignored")
+    accelerator = _accelerator(context, config.trackers, plugin(config.zero_stage, config.clip_norm) if zero else None)
     corpus = _corpus(context)
     rank, world = distributed.rank(), distributed.world_size()
     torch.manual_seed(recipe.seed)
@@ -69,6 +75,7 @@ def run_train(context: StageContext) -> None:
         seed=recipe.seed,
         checkpoints=context.checkpoints,
         wrap=lambda module: _distribute(accelerator, module, context),
+        engine=partial(ZeroEngine, accelerator) if zero else None,
     )
     if context.resume:
         trainer.resume()
@@ -131,14 +138,17 @@ RUNNERS: dict[str, Callable[[StageContext], None]] = {"train": run_train, "quant
 """What runs a stage of each kind."""
 
 
-def _accelerator(context: StageContext, trackers: tuple[str, ...] = ()) -> Accelerator:
+def _accelerator(
+    context: StageContext, trackers: tuple[str, ...] = (), zero: DeepSpeedPlugin | None = None
+) -> Accelerator:
     """Device, process group and trackers; accelerate's own precision stays off (see nmt/precision.py)."""
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     try:
         accelerator = Accelerator(
-            cpu=not torch.cuda.is_available(),
+            cpu=zero is None and not torch.cuda.is_available(),  # with cpu=True accelerate ignores DeepSpeed
+            deepspeed_plugin=zero,
             mixed_precision="no",
             log_with=list(trackers) or None,
             project_dir=str(context.directory),

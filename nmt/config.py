@@ -120,6 +120,10 @@ class TrainConfig:
     """Micro-batches accumulated on each rank before an update."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto takes bf16 where the processor or GPU multiplies it natively, else fp32. fp16 scales the loss."""
+    engine: Literal["ddp", "deepspeed"] = "ddp"
+    """deepspeed splits the optimizer's state among the workers (ZeRO); needs comm.route: fp32."""
+    zero_stage: Literal[1, 2] = 1
+    """With deepspeed: 1 splits the optimizer's state, 2 the gradients as well."""
     lr: float = 5e-4
     """Peak learning rate."""
     warmup_updates: int = 4000
@@ -173,6 +177,11 @@ class TrainConfig:
         for key in ("warmup_updates", "warmup_init_lr", "weight_decay", "clip_norm", "patience"):
             require(getattr(self, key) >= 0, key, f"must be at least 0, is {getattr(self, key)}")
         require(0 <= self.label_smoothing < 1, "label_smoothing", f"must be in [0, 1), is {self.label_smoothing}")
+        require(
+            self.engine == "ddp" or self.precision != "fp16",
+            "precision",
+            "must be fp32, bf16 or auto with engine: deepspeed, is fp16",
+        )
         betas = self.adam_betas
         require(len(betas) == 2 and all(0 <= b < 1 for b in betas), "adam_betas", f"must be two in [0, 1), is {betas}")
         require(

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from tenko.comm import Route
     from tenko.compression import Technique
 
+    from .deepspeed_engine import ZeroEngine
+
 logger = logging.getLogger(__name__)
 
 
@@ -57,6 +59,8 @@ class Trainer:
         seed: of dropout.
         wrap: puts `ModelWithLoss` into DDP and gives the route it registered, whose state is saved and whose meter is
             logged; a single process keeps the module, without a route.
+        engine: puts `ModelWithLoss` and the optimizer into DeepSpeed, in the place of `wrap`; it is given the
+            resolved precision as well.
         techniques: told before and after each update.
         checkpoints: folder of the checkpoints.
     """
@@ -70,6 +74,7 @@ class Trainer:
         seed: int,
         checkpoints: Path,
         wrap: Callable[[nn.Module], tuple[nn.Module, Route | None]] = lambda m: (m, None),
+        engine: Callable[[nn.Module, torch.optim.Optimizer, str], ZeroEngine] | None = None,
         techniques: Sequence[Technique] = (),
     ) -> None:
         self.model, self.stream, self.config, self.seed = model, stream, config, seed
@@ -79,7 +84,8 @@ class Trainer:
         self.scaler = precision.loss_scaler(
             self.precision, self.device, init_scale=config.init_scale, scale_window=config.scale_window
         )
-        self.wrapped, self.route = wrap(ModelWithLoss(model, config.label_smoothing).to(self.device))
+        module = ModelWithLoss(model, config.label_smoothing).to(self.device)
+        self.wrapped, self.route = (module, None) if engine else wrap(module)
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         settings: dict[str, Any] = {
             "lr": config.lr,
@@ -92,6 +98,10 @@ class Trainer:
             self.optimizer = self.route.optimizer(self.parameters.items(), **settings)
         else:
             self.optimizer = torch.optim.AdamW(self.parameters.values(), fused=True, **settings)
+        self.engine = None
+        if engine is not None:
+            self.engine = engine(module, self.optimizer, self.precision)
+            self.wrapped = self.engine.wrapped
         self.updates = 0
         self.best = Best()
         self.seconds = 0.0
@@ -118,7 +128,10 @@ class Trainer:
                 sample = to_device(sample, self.device)
                 with precision.autocast(self.precision, self.device):
                     loss, nll = self.wrapped(sample)
-                self.scaler.scale(loss * normaliser).backward()
+                if self.engine is not None:
+                    self.engine.backward(loss * normaliser, last=last)
+                else:
+                    self.scaler.scale(loss * normaliser).backward()
             self._loss += loss.detach()
             self._nll += nll.detach()
         self._step()
@@ -129,9 +142,15 @@ class Trainer:
 
     def _synchronise_if(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         no_sync = getattr(self.wrapped, "no_sync", None)
-        return contextlib.nullcontext() if last or no_sync is None else no_sync()
+        if last or no_sync is None or self.engine is not None:
+            return contextlib.nullcontext()
+        return no_sync()
 
     def _step(self) -> None:
+        if self.engine is not None:
+            self._norm, overflow = self.engine.step()
+            self._overflows += overflow
+            return
         self.scaler.unscale_(self.optimizer)
         if self.route is not None:
             norm = self.route.total_norm(self.parameters.values())
@@ -274,13 +293,14 @@ class Trainer:
             state={
                 "update": self.updates,
                 "world": self.stream.world,
-                "optimizer": self.optimizer.state_dict(),
+                "optimizer": None if self.engine else self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
                 "best": [self.best.bleu, self.best.update, self.best.since, self.best.nll],
                 "seconds": self.seconds,
             },
             rank_state={
                 "route": None if self.route is None else self.route.state_dict(),
+                "engine": None if self.engine is None else self.engine.state_dict(),
                 "figures": [self._loss, self._nll, self._overflows, self._tokens, self._seconds_before],
             },
             rank=distributed.rank(),
@@ -301,7 +321,10 @@ class Trainer:
         folder = checkpoint.path_of(self.checkpoints, updates[-1])
         weights, state, rank_state = checkpoint.load(folder, rank=distributed.rank())
         load_weights(self.parameters, weights, folder)
-        self.optimizer.load_state_dict(state["optimizer"])
+        if self.engine is not None:
+            self.engine.load_state_dict((rank_state or {}).get("engine"))
+        else:
+            self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.updates, self.seconds = state["update"], state["seconds"]
         self.best = Best(*state["best"])
