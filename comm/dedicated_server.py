@@ -60,8 +60,7 @@ class Server:
                 raise ValueError(f"model: {link.name(first)} and {link.name(peer)} differ: {where}")
         self.plan = Plan(self.config, tensors, len(link.servers))
         self.shard = self.plan.shards[self.index].compact()
-        from . import kernels, laq_kernels  # noqa: F401  (compiled or loaded before anybody waits for an answer)
-
+        self.plan.warm_up()
         weights = torch.empty(self.shard.numel)
 
         def begin(peer: int, message: Message) -> bool:

@@ -53,8 +53,7 @@ class WorkerEnd:
             parameters: those that are trained.
             frozen: the others, which come from worker 0 once and for all.
         """
-        from . import kernels, laq_kernels  # noqa: F401  (compiled or loaded before the first exchange)
-
+        self.plan.warm_up()
         for server in self.link.servers:
             self.link.send(server, wire.note(wire.HELLO, to_json(self.config, self.tensors)))
         if self.index == 0:

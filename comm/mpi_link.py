@@ -145,8 +145,10 @@ class Link:
         """Between tests: forget what has left, sleep a moment."""
         self._leaving = [item for item in self._leaving if not item[0].Test()]
         self._idle += 1
-        if self._idle > 20:
-            time.sleep(2e-5 if self._arriving or self._leaving else 2e-4)
+        if self._arriving or self._leaving:
+            time.sleep(2e-5)
+        elif self._idle > 20:
+            time.sleep(2e-4 if self._idle < 2000 else 2e-3)
 
     def wait(
         self,

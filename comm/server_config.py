@@ -9,9 +9,10 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
+import torch
 
 from .config import BITS, WEIGHT_BITS
-from .layout import Cut, Shard
+from .layout import Cut, Shard, single
 from .quantizer import Quantizer
 
 VERSION = 1
@@ -192,6 +193,18 @@ class Plan:
     def push_size(self, server: int, present: np.ndarray) -> int:
         """Bytes of a push's body."""
         return self.bitmap + self.part(server, present).size(self.config.bits)
+
+    def warm_up(self) -> None:
+        """Has all kernels compiled or loaded: nobody shall wait for an answer meanwhile."""
+        from . import laq_kernels  # noqa: F401
+
+        numel = self.quantizer.span + 9
+        part = single(numel, self.quantizer.span)
+        x, codes = torch.ones(numel), torch.empty(part.size(self.config.bits), dtype=torch.uint8)
+        keys = np.zeros((len(part.table), 2), dtype=np.uint32)
+        self.quantizer.encode_shard(x, part, keys, codes)
+        self.quantizer.encode_feedback(x, torch.zeros_like(x), part, keys, codes)
+        self.quantizer.decode_shard(codes, part, x, factor=0.5, add=True)
 
     def matrices(self, server: int) -> np.ndarray:
         """Which segments of a server's shard are sent in `weight_bits`."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tenko.comm.dedicated import DedicatedServer
 
 SCENARIO, FOLDER = sys.argv[1], Path(sys.argv[2])
+TIMEOUT = float(sys.argv[3]) if len(sys.argv) > 3 else 60.0
 
 
 class Model(nn.Module):
@@ -59,10 +60,10 @@ class Run:
 
         torch.manual_seed(MPI.COMM_WORLD.Get_rank())
         self.model = Model()
-        self.start = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         self.optimizer = DedicatedServer(
-            self.model.named_parameters(), **{"lr": 2e-3, "timeout": 20.0, "weight_decay": 0.01, **settings}
+            self.model.named_parameters(), **{"lr": 2e-3, "timeout": TIMEOUT, "weight_decay": 0.01, **settings}
         )
+        self.start = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         self.worker = MPI.COMM_WORLD.Get_rank()
         self.notes: dict[str, Any] = {"digests": [digest(self.model)], "skipped": [], "losses": [], "times": []}
 
@@ -84,9 +85,15 @@ class Run:
 
 
 def sync() -> None:
+    """With a gradient that is not finite, and a folder that cannot be made: all are told, and go on."""
     run = Run(bits=3, weight_bits=4, clip=3.0)
     for number in range(1, 13):
         run.update(number, poison=(number == 5 and run.worker == 1))
+        if number == 10:
+            try:
+                run.optimizer.save(FOLDER / "file" / "state")
+            except OSError as error:
+                run.notes["error"] = str(error)
     moved = {name: not torch.equal(p, run.start[name]) for name, p in run.model.named_parameters()}
     nan = any(bool(p.isnan().any()) for p in run.model.parameters())
     run.write(moved=moved, nan=nan)
@@ -126,7 +133,7 @@ def stale() -> None:
 
 def resume() -> None:
     """Twenty updates, saved after every 4th; slowly if a file says so, so that there is time to be killed."""
-    run = Run(bits=3, weight_bits=4, timeout=4.0)
+    run = Run(bits=3, weight_bits=4)
     done = run.optimizer.load(FOLDER / "state")
     for number in range(done + 1, 21):
         run.update(number)
@@ -157,18 +164,18 @@ def diverge() -> None:
     run.update(2)
 
 
-def unwritable() -> None:
-    """A folder that cannot be made: all are told, and go on."""
-    run = Run(bits=3)
-    run.update(1)
-    (FOLDER / "file").write_text("")
-    try:
-        run.optimizer.save(FOLDER / "file" / "state")
-    except OSError as error:
-        run.notes["error"] = str(error)
-    run.update(2)
-    run.write()
+def tiny() -> None:
+    """Fewer spans than servers: some own nothing."""
+    from mpi4py import MPI
+
+    weight = nn.Parameter(torch.full((5,), float(MPI.COMM_WORLD.Get_rank())))
+    optimizer = DedicatedServer([("weight", weight)], lr=0.1, weight_decay=0.0, timeout=TIMEOUT)
+    start = weight.tolist()
+    weight.grad = torch.ones(5)
+    optimizer.step()
+    optimizer.close()
+    (FOLDER / f"worker-{MPI.COMM_WORLD.Get_rank()}.json").write_text(json.dumps([start, weight.tolist()]))
 
 
 torch.set_num_threads(1)
-{f.__name__: f for f in (sync, plain, stale, resume, disagree, wrong, diverge, unwritable)}[SCENARIO]()
+{f.__name__: f for f in (sync, plain, stale, resume, disagree, wrong, diverge, tiny)}[SCENARIO]()
