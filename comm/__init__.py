@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .auto import Auto
     from .config import CommConfig, SplitRule
+    from .dedicated import DedicatedServer
     from .hook import AllReduce, HalfAllReduce, QuantizedAllReduce
     from .make import make_route
     from .meter import WireMeter
@@ -26,6 +27,7 @@ __all__ = [
     "AllReduce",
     "Auto",
     "CommConfig",
+    "DedicatedServer",
     "HalfAllReduce",
     "ParameterServer",
     "QuantizedAllReduce",
@@ -42,6 +44,7 @@ _HOME = {
     "AllReduce": "hook",
     "Auto": "auto",
     "CommConfig": "config",
+    "DedicatedServer": "dedicated",
     "HalfAllReduce": "hook",
     "QuantizedAllReduce": "hook",
     "Quantizer": "quantizer",
