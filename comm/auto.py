@@ -139,5 +139,6 @@ class Auto(Route):
             self._current = self.choice
 
     def close(self) -> None:
+        super().close()
         for route in self.candidates.values():
             route.close()

@@ -145,11 +145,12 @@ class ThreadExchanger:
             batch.future.set_exception(error)  # type: ignore[arg-type]
 
     def _find_overdue(self) -> None:
-        for job in list(self._waiting.values()):
-            if time.monotonic() - job.since > self._timeout:
-                self._waiting.pop(id(job))
-                overdue = getattr(job.waiting, "overdue", lambda: "exchange between ranks: waited too long")
-                self._fail(ConnectionError(overdue()), job.batch)
+        late = [job for job in self._waiting.values() if time.monotonic() - job.since > self._timeout]
+        # One that waits for other exchanges knows no peer: those that do speak first.
+        for job in sorted(late, key=lambda job: not hasattr(job.waiting, "overdue")):
+            self._waiting.pop(id(job))
+            overdue = getattr(job.waiting, "overdue", lambda: "exchange between ranks: waited too long")
+            self._fail(ConnectionError(overdue()), job.batch)
 
 
 class StreamExchanger:

@@ -222,6 +222,7 @@ class LaneRoute(Route):
             self._feedback.load_state_dict(state["feedback"])
 
     def close(self) -> None:
+        super().close()
         if self._lender is not None:
             self._exchanger = self._link = None
         if self._exchanger is not None:

@@ -85,8 +85,10 @@ class Route(ABC):
         self.step = int(state["step"])
         self.meter.load_state_dict(state["meter"])
 
-    def close(self) -> None:  # noqa: B027  (nothing to end is the usual case)
+    def close(self) -> None:
         """Ends what the route started. The model cannot be trained on afterwards."""
+        # DDP holds the hook where Python's collector cannot see it: a circle that would keep both for ever.
+        self._model = None
 
 
 def register(model: torch.nn.Module, route: Route) -> Route:

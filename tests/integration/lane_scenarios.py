@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -293,6 +295,21 @@ def server_overflow(_: Path) -> None:
         route.close()
 
 
+def frees(_: Path) -> None:
+    """A closed route and its model go when nobody holds them: their memory does not add up over many."""
+    for make in (QuantizedAllReduce, ParameterServer):
+        route = make()
+        model = wrapped(route)
+        optimizer = route.optimizer(model.named_parameters(), lr=1e-2)
+        loss_of(model, 0).backward()
+        optimizer.step()
+        route.close()
+        gone = [weakref.ref(model), weakref.ref(route)]
+        del model, route, optimizer
+        gc.collect()
+        assert [reference() for reference in gone] == [None, None]
+
+
 def portions(_: Path) -> None:
     """A tensor larger than a portion travels in several, and arrives as one."""
     torch.manual_seed(3)
@@ -411,5 +428,5 @@ def auto(_: Path) -> None:
 
 SCENARIOS = {
     f.__name__: f
-    for f in (half, two_nodes, shared, nodes, rows, sparsity, server, server_overflow, portions, group, auto)
+    for f in (half, two_nodes, shared, nodes, rows, sparsity, server, server_overflow, portions, frees, group, auto)
 }

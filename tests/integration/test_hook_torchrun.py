@@ -13,7 +13,19 @@ import torch
 
 WORKER = Path(__file__).with_name("hook_worker.py")
 SCENARIOS = ["agree", "bounds", "overflow", "no_sync", "meter", "plain", "refuse"]
-LANES = ["half", "shared", "nodes", "rows", "sparsity", "server", "server_overflow", "portions", "group", "auto"]
+LANES = [
+    "half",
+    "shared",
+    "nodes",
+    "rows",
+    "sparsity",
+    "server",
+    "server_overflow",
+    "portions",
+    "frees",
+    "group",
+    "auto",
+]
 pytestmark = pytest.mark.torchrun
 
 
