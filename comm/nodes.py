@@ -1,9 +1,9 @@
 """Two levels: full precision between the ranks of a node, quantized between nodes.
 
-With 16 nodes of 4 GPUs, one level of 3/4 bits sends 3.3 bytes an element through a node's network card, two levels 0.82.
-Rank l of a node owns slice l of the model: it adds up its node's gradients there, exchanges the slice with the ranks l of
-the other nodes, and hands the mean to its node. Error feedback belongs to the slice's owner; which elements those are is
-a function of the model (layout.py), so residuals survive a rebuild of the buckets.
+With 16 nodes of 4 GPUs, one level of 3/4 bits sends 3.3 bytes an element through a node's network card, two levels
+0.82. Rank l of a node owns slice l of the model: it adds up its node's gradients there, exchanges the slice with the
+ranks l of the other nodes, and hands the mean to its node. Error feedback belongs to the slice's owner; which elements
+those are is a function of the model (layout.py), so residuals survive a rebuild of the buckets.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from hook_worker import (
+    BUCKET_MB,
     DEVICE,
     Model,
     assert_ranks_agree,
@@ -295,6 +296,51 @@ def server_overflow(_: Path) -> None:
         route.close()
 
 
+class Branches(nn.Module):
+    """A branch that changes from step to step, a frozen one, and a parameter without elements."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(11)
+        self.ways = nn.ModuleList([nn.Linear(30, 40), nn.Linear(30, 40), nn.Linear(30, 40).requires_grad_(False)])
+        self.nothing = nn.Parameter(torch.zeros(0, 7))
+        self.out = nn.Linear(40, 5)
+
+    def forward(self, x: Tensor, way: int) -> Tensor:
+        result: Tensor = self.out(self.ways[way](x).tanh()) + self.nothing.sum()
+        return result
+
+
+def unused(_: Path) -> None:
+    """Parameters that no rank, or only some ranks, used; frozen and empty ones; what plain DDP makes of them."""
+    fine = CommConfig(bits=8, bits_down=8, clip=0, error_feedback=False)
+    for config in (fine, CommConfig(route="fp16"), CommConfig(route="server")):
+        route = make_route(config, 1)
+        models = [
+            DistributedDataParallel(Branches().to(DEVICE), find_unused_parameters=True, bucket_cap_mb=BUCKET_MB)
+            for _ in range(2)
+        ]
+        register(models[0], route)
+        optimizer = route.optimizer(models[0].module.named_parameters(), lr=1e-2)
+        for step in range(7):
+            # both ranks the same way, or each its own; the third way is frozen
+            way = (step + dist.get_rank() * (step > 3)) % 3
+            x = torch.randn(6, 30, generator=torch.Generator().manual_seed(10 * step + dist.get_rank())).to(DEVICE)
+            for model in models:
+                model.zero_grad()
+                model(x, way).square().sum().backward()
+            if config.route != "server":  # there a rank holds its own shard's gradient only
+                for ours, plain in zip(models[0].parameters(), models[1].parameters(), strict=True):
+                    assert (ours.grad is None) == (plain.grad is None)
+                    if plain.grad is not None and plain.numel():
+                        error, size = (ours.grad - plain.grad).norm(), plain.grad.norm()
+                        assert error <= 0.05 * size, (step, tuple(ours.shape), float(error), float(size))
+                continue
+            optimizer.step()
+            assert_ranks_agree(flat(models[0]))
+        route.close()
+
+
 def frees(_: Path) -> None:
     """A closed route and its model go when nobody holds them: their memory does not add up over many."""
     for make in (QuantizedAllReduce, ParameterServer):
@@ -428,5 +474,19 @@ def auto(_: Path) -> None:
 
 SCENARIOS = {
     f.__name__: f
-    for f in (half, two_nodes, shared, nodes, rows, sparsity, server, server_overflow, portions, frees, group, auto)
+    for f in (
+        half,
+        two_nodes,
+        shared,
+        nodes,
+        rows,
+        sparsity,
+        server,
+        server_overflow,
+        portions,
+        unused,
+        frees,
+        group,
+        auto,
+    )
 }
