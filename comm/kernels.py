@@ -14,10 +14,10 @@ Notable:
 - The arithmetic, operation by operation, is `reference.py`'s; tests hold the two together bit for bit. Only sums run
   in another order.
 
-numba's cache looks at this file alone: after a change of the constants in `reference.py`, change this file too
-(a test fails otherwise). Importing this module compiles the kernels (about 11 seconds of processor time) or
-loads them from numba's cache: import it late. A table is what `layout.py` makes: int64 [segments, 5], columns start, numel,
-groups before, spans before, first span.
+numba's cache looks at this file alone: after a change of the constants in `reference.py`, change this file too (a test
+fails otherwise). Importing this module compiles the kernels (about 11 seconds of processor time) or loads them from
+numba's cache: import it late. A table is what `layout.py` makes: int64 [segments, 5], columns start, numel, groups
+before, spans before, first span.
 """
 
 from __future__ import annotations
