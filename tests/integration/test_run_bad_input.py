@@ -15,7 +15,8 @@ pytestmark = pytest.mark.torchrun
 
 WORDS = {
     "unknown key": r"train\.max_updates.*max_update\b",
-    "bad value": r"comm\.bits: must be 2, 3, 4 or 8, is 5",
+    "bad value": r"comm\.bits: must be 1 to 8, is 9",
+    "parameter without a route": r"split: no rule takes model\.\S+weight \(\d+ elements, 2 dimensions\)",
     "bad direction": r"direction: must be one of en-cs, cs-en, is en-de",
     "no recipe": r"nowhere\.yaml",
     "missing test file": r"data\.test: no such file: .*/nowhere\.tsv",
@@ -41,7 +42,8 @@ def endings(tmp_path_factory: pytest.TempPathFactory, small_tsv: Path, small_cor
     one = {"workers": "1"}
     settings = {
         "unknown key": {"train.max_updates": "3"},
-        "bad value": {"comm.bits": "5"},
+        "bad value": {"comm.bits": "9"},
+        "parameter without a route": {"comm.route": "split", "comm.split": "[{route: fp32, max_dims: 1}]"},
         "bad direction": {"direction": "en-de"},
         "missing test file": {**one, "data.test": str(home / "nowhere.tsv")},
         "unequal line counts": {**one, "data.train": sides},
