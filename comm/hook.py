@@ -96,6 +96,7 @@ class LaneRoute(Route):
         self._gradient: _Gradient | None = None
         self._tag = 0
         self._lender: LaneRoute | None = None
+        self._own_group: dist.ProcessGroup | None = None
 
     # Putting it on a model
 
@@ -231,6 +232,9 @@ class LaneRoute(Route):
         if self._link is not None:
             self._link.close()
             self._link = None
+        if self._own_group is not None and dist.is_initialized():
+            dist.destroy_process_group(self._own_group)
+        self._own_group = None
 
 
 def quantizers(
