@@ -109,7 +109,7 @@ class LaneRoute(Route):
         self._lane_of = self._assign()
         if self.world_size == 1:
             return
-        device = model.device if model.device.type != "cpu" else torch.device("cpu")
+        device = self.device
         nodes: list[list[int]] = []
         if self.levels == "node":
             from .nodes import find_nodes

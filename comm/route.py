@@ -26,6 +26,7 @@ class Route(ABC):
         self.group: dist.ProcessGroup | None = None
         self.rank = 0
         self.world_size = 1
+        self.device = torch.device("cpu")
 
     def bind(self, model: DistributedDataParallel) -> None:
         """Learns the model's parameters and ranks. Called by `register`, on all ranks together."""
@@ -34,6 +35,7 @@ class Route(ABC):
         self.group = model.process_group
         self.rank = dist.get_rank(self.group)
         self.world_size = dist.get_world_size(self.group)
+        self.device = next(model.parameters()).device
 
     def hook(self, state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         """DDP's hook: a future of the bucket's mean over the ranks. `state` is not used, the route is the state."""

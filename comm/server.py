@@ -175,7 +175,7 @@ class ServerRoute(LaneRoute):
                 index = self._index.get(id(parameter))
                 sharded = index is not None and self._lane_of[index] == "server" and self.world_size > 1
                 (mine if sharded else shared).append(parameter.grad)
-        square = sum_of_squares(mine)
+        square = sum_of_squares(mine, self.device)
         if self._link is not None:
             exchange = _from_all(self._link, square.view(1), NORM)
             try:
@@ -183,7 +183,7 @@ class ServerRoute(LaneRoute):
                     next(exchange).wait()
             except StopIteration as done:
                 square = done.value.sum()
-        return (square + sum_of_squares(shared)).sqrt().float()
+        return (square + sum_of_squares(shared, self.device)).sqrt().float()
 
     # State
 
@@ -388,11 +388,11 @@ def _parameters_of(route: ServerRoute) -> list[nn.Parameter]:
     return list(route._model.parameters())
 
 
-def sum_of_squares(gradients: Sequence[Tensor]) -> Tensor:
-    """In fp64: float64 [], 0 of none."""
+def sum_of_squares(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
+    """In fp64: float64 [] on `device`, 0 of none."""
     if not gradients:
-        return torch.zeros((), dtype=torch.float64)
-    return torch.nn.utils.get_total_norm(list(gradients)).double().square().cpu()
+        return torch.zeros((), dtype=torch.float64, device=device)
+    return torch.nn.utils.get_total_norm(list(gradients)).double().square()
 
 
 def _from_all(link: Link | None, values: Tensor, tag: int) -> Any:
