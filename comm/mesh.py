@@ -261,6 +261,8 @@ class Mesh:
             return
         if peer.target is None:  # a body whose place was not known yet
             self._find_target(peer)
+            if peer.target is not None and not len(peer.target):
+                self._receive(peer)  # an empty body is complete, and no byte will come that says so
         wanted = (select.EPOLLIN if peer.target is not None else 0) | (select.EPOLLOUT if peer.outgoing else 0)
         if wanted != peer.events:
             self._epoll.modify(peer.sock.fileno(), wanted)

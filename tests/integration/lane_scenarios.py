@@ -466,7 +466,8 @@ def auto(_: Path) -> None:
         loss_of(each, 20).backward()
     assert again.choice == route.choice
     # gloo's own sum of four depends on the buckets, which a new DDP has not rebuilt yet
-    assert torch.allclose(flat(model, gradients=True), flat(other, gradients=True), rtol=1e-4)
+    ours, theirs = flat(model, gradients=True), flat(other, gradients=True)
+    assert (ours - theirs).norm() < 1e-5 * ours.norm()
     assert again.meter.bytes_sent == pytest.approx(route.meter.bytes_sent, rel=1e-3)
     for each in (route, again):
         each.close()
