@@ -213,8 +213,10 @@ class Mesh:
     # The thread that moves bytes
 
     def _wake(self) -> None:
-        with contextlib.suppress(BlockingIOError, OSError):  # full: it will wake anyhow
-            os.write(self._wake_out, b"x")
+        # Under the lock: the pipe's number must not have become another file's meanwhile.
+        with self.changed, contextlib.suppress(BlockingIOError):  # full: it will wake anyhow
+            if self._wake_out >= 0:
+                os.write(self._wake_out, b"x")
 
     def _run(self) -> None:
         try:
@@ -223,11 +225,14 @@ class Mesh:
             with self.changed:
                 self._fail(f"the link of rank {self.rank} failed: {error}")
         finally:
+            with self.changed:
+                self._fail(f"the link of rank {self.rank} is closed")
+                os.close(self._wake_out)
+                self._wake_out = -1
             for peer in self._peers.values():
                 peer.sock.close()
             self._epoll.close()
             os.close(self._wake_in)
-            os.close(self._wake_out)
 
     def _loop(self) -> None:
         stop_at = None
@@ -263,6 +268,8 @@ class Mesh:
             self._find_target(peer)
             if peer.target is not None and not len(peer.target):
                 self._receive(peer)  # an empty body is complete, and no byte will come that says so
+                if peer.closed:
+                    return
         wanted = (select.EPOLLIN if peer.target is not None else 0) | (select.EPOLLOUT if peer.outgoing else 0)
         if wanted != peer.events:
             self._epoll.modify(peer.sock.fileno(), wanted)
@@ -294,6 +301,9 @@ class Mesh:
                     count = peer.sock.recv_into(peer.target)
                 except BlockingIOError:
                     return
+                except OSError as error:
+                    self._gone(peer, str(error))
+                    return
                 if count == 0:
                     self._gone(peer, "it closed the connection")
                     return
@@ -321,6 +331,7 @@ class Mesh:
             handle.received[peer.rank] = buffer
             view = _bytes(buffer)
         elif len(view) != size:
+            peer.handle = handle  # still waiting, so that it is told
             self._fail(f"{self.name(peer.rank)} sent {size} bytes where rank {self.rank} expected {len(view)}: do all "
                        "ranks have the same model and the same settings of comm?")  # fmt: skip
             return

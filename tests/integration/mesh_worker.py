@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
 import sys
+import threading
 import time
 
 import pytest
@@ -80,14 +82,43 @@ def names_the_late(mesh: Mesh) -> None:
 
 
 def refuses_other_sizes(mesh: Mesh) -> None:
-    """Ranks whose models differ are told so, instead of reading each other's bytes wrongly."""
-    peer = OTHERS[0]
+    """Ranks whose models differ are told so at once, instead of reading each other's bytes wrongly."""
     size = 10 + RANK
-    handle = mesh.start(1, {p: torch.zeros(size, dtype=torch.uint8) for p in OTHERS},
-                        {p: torch.empty(size, dtype=torch.uint8) for p in OTHERS})  # fmt: skip
+    told = threading.Event()
+    handle = mesh.start(1, {}, {peer: torch.empty(size, dtype=torch.uint8) for peer in OTHERS})
+    handle.then(told.set)
+    dist.barrier()
+    with contextlib.suppress(ConnectionError):  # another rank's message may have told already
+        mesh.start(1, {peer: torch.zeros(size, dtype=torch.uint8) for peer in OTHERS}, {})
+    assert told.wait(10), "those who wait by `then`, as the exchanger does, are told as well"
     with pytest.raises(ConnectionError, match=f"expected {size}: do all ranks have the same model|is gone"):
         handle.wait()
-    assert peer != RANK
+    mesh.close()  # as a rank that ends does: one that was not sent to is told by that
+    dist.barrier()
+
+
+def forgives_who_has_ended(mesh: Mesh) -> None:
+    """A rank that has sent its last message, an empty one, and gone is missed only by who wants more of it."""
+    if RANK == 1:
+        mesh.start(9, {0: torch.empty(0, dtype=torch.uint8)}, {}).wait()
+        mesh.close()
+        with pytest.raises(ConnectionError, match="closed"):
+            mesh.start(10, {}, {0: None})
+    dist.barrier()
+    if RANK == 0:
+        time.sleep(0.2)  # by now it has hung up; the message waits for its place
+        handle = mesh.start(9, {}, {1: None})
+        handle.wait()
+        assert handle.received[1].numel() == 0
+        time.sleep(0.2)
+        for peer in OTHERS[1:]:
+            mesh.start(12, {peer: torch.ones(5, dtype=torch.uint8)}, {}).wait()
+        with pytest.raises(ConnectionError, match=r"rank 1 \(127\.0\.0\.1:\d+\) is gone"):
+            mesh.start(11, {}, {1: None}).wait()
+    elif RANK > 1:
+        handle = mesh.start(12, {}, {0: torch.empty(5, dtype=torch.uint8)})
+        handle.wait()
+        assert handle.received[0].tolist() == [1] * 5, "the others go on without it"
     dist.barrier()
 
 
@@ -109,7 +140,15 @@ def turns_strangers_away(_: Mesh) -> None:
 
 
 SCENARIOS = {
-    f.__name__: f for f in (delivers, names_the_dead, names_the_late, refuses_other_sizes, turns_strangers_away)
+    f.__name__: f
+    for f in (
+        delivers,
+        names_the_dead,
+        names_the_late,
+        refuses_other_sizes,
+        forgives_who_has_ended,
+        turns_strangers_away,
+    )
 }
 
 if __name__ == "__main__":

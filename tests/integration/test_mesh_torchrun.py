@@ -25,7 +25,13 @@ def torchrun(ranks: int, *scenarios: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_messages_arrive_and_errors_name_the_rank(ranks: int) -> None:
-    scenarios = ["delivers", "names_the_late", "refuses_other_sizes", "turns_strangers_away"]
+    scenarios = [
+        "delivers",
+        "names_the_late",
+        "refuses_other_sizes",
+        "forgives_who_has_ended",
+        "turns_strangers_away",
+    ]
     done = torchrun(ranks, *scenarios)
     assert [line for line in done.stdout.splitlines() if line.startswith("holds")] == [
         f"holds: {name}" for name in scenarios
