@@ -90,6 +90,12 @@ class Int8PerChannel:
         assert not self._attached, "pack follows bake"
         return self._packed.get(name)
 
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing: scales follow the weights."""
+
 
 class FakeInt8(nn.Module):
     """Parametrization: the weight as int8 would give it back, gradients straight through."""

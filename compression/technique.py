@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.optim import Optimizer
 
 NAMES_SHOWN = 6
 
@@ -39,7 +40,8 @@ class Technique(Protocol):
     4. `bake` after training: parametrizations go, and the weights are left plain and dense, under their old names, tied
        where they were tied, with exactly the values that the stored file decodes to.
 
-    After `bake`, `pack` says how a tensor is stored.
+    After `bake`, `pack` says how a tensor is stored. `state_dict` is what a resumed run needs beside weights and the
+    update's number, equal on all ranks.
     """
 
     name: str
@@ -63,6 +65,23 @@ class Technique(Protocol):
 
     def pack(self, name: str) -> Packed | None:
         """The packed form of the baked tensor of this name (any of its names if tied), None to store it dense."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain containers and tensors that a checkpoint keeps; {} when weights say it all."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave, after `attach`."""
+        ...
+
+
+@runtime_checkable
+class UsesMoments(Protocol):
+    """A technique that reads Adam's moments; it is given the optimizer once, before the first update."""
+
+    def use_optimizer(self, optimizer: Optimizer) -> None:
+        """Keep the optimizer, to look up `optimizer.state[parameter]["exp_avg_sq"]` by the stored parameter."""
         ...
 
 

@@ -17,7 +17,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -165,9 +165,12 @@ def load(folder: Path, *, rank: int = 0) -> tuple[dict[str, Tensor], dict[str, A
     return weights, state, rank_state
 
 
-def prune(directory: Path, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` checkpoints, and what an interrupted run left half-written."""
+def prune(directory: Path, keep_last: int, keep: Collection[int] = ()) -> None:
+    """Delete all but the newest `keep_last` checkpoints and those of the updates `keep`, and what an interrupted run
+    left half-written."""
     for update in list_updates(directory)[:-keep_last]:
+        if update in keep:
+            continue
         shutil.rmtree(path_of(directory, update))
     for leftover in [*directory.glob("*.partial"), *directory.glob("*.old")]:
         shutil.rmtree(leftover, ignore_errors=True)

@@ -111,6 +111,19 @@ class DecodeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    weight: float = 0.0
+    """Share of the teacher in the loss: (1 - weight) * cross entropy + weight * temperature^2 * KL(teacher || student).
+    The teacher is the model of the stage before; 0 trains without one."""
+    temperature: float = 1.0
+    """Divides both models' logits before the softmax."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.weight <= 1, "weight", f"must be in [0, 1], is {self.weight}")
+        require(self.temperature > 0, "temperature", f"must be above 0, is {self.temperature}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     max_update: int = 2000
     """Updates (optimizer steps) in all."""
@@ -156,12 +169,16 @@ class TrainConfig:
     """Updates between checkpoints."""
     keep_last: int = 3
     """Checkpoints kept; the best by BLEU is kept beside them."""
+    keep_updates: tuple[int, ...] = ()
+    """Updates whose checkpoints are kept for good, 0 for the initial weights: a lottery rewinds to one of them."""
     average_last: int = 1
     """The artefact averages the weights of this many last checkpoints; 1 takes the best by validation BLEU."""
     patience: int = 0
     """Stop after this many validations without a better BLEU; 0 never stops early."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Where figures go beside metrics.jsonl; `pip install tenko[trackers]` brings TensorBoard."""
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    """Knowledge distillation from the stage before."""
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     """Beam search for validation and test."""
 
@@ -182,6 +199,12 @@ class TrainConfig:
             "precision",
             "must be fp32, bf16 or auto with engine: deepspeed, is fp16",
         )
+        for update in self.keep_updates:
+            require(
+                0 <= update <= self.max_update,
+                "keep_updates",
+                f"must be 0 to max_update ({self.max_update}), holds {update}",
+            )
         betas = self.adam_betas
         require(len(betas) == 2 and all(0 <= b < 1 for b in betas), "adam_betas", f"must be two in [0, 1), is {betas}")
         require(

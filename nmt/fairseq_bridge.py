@@ -35,8 +35,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .config import DecodeConfig, ModelConfig
-from .loss import label_smoothed_cross_entropy
+from .config import DecodeConfig, DistillConfig, ModelConfig
+from .loss import distillation, label_smoothed_cross_entropy
 
 KNOWN_VERSIONS = ("0.12.3",)
 warnings.filterwarnings("ignore", "Support for mismatched key_padding_mask", UserWarning)
@@ -147,23 +147,46 @@ class ModelWithLoss(nn.Module):
 
     `forward(sample)` gives `(loss, nll)`, both summed over the target tokens of the batch, in nats, fp32: the sums
     of fairseq's `label_smoothed_cross_entropy` (`eps / (V - 1)` on every other word of the vocabulary).
+
+    With a teacher (a frozen model over the same dictionary) the loss is `(1 - weight) * cross entropy + weight *
+    distillation`; `nll` stays the student's own.
     """
 
-    def __init__(self, model: nn.Module, label_smoothing: float) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        label_smoothing: float,
+        *,
+        teacher: nn.Module | None = None,
+        distill: DistillConfig | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
         self.label_smoothing = label_smoothing
+        self.distill = distill or DistillConfig()
+        # In a tuple, so that DDP, `train()` and checkpoints see no submodule: a teacher is no part of what is trained.
+        self._teacher = () if teacher is None else (teacher.eval().requires_grad_(False),)
 
     def forward(self, sample: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        inputs = sample["net_input"]
-        with short_attention(inputs["src_tokens"]):
-            features_btc, _ = self.model(**inputs, features_only=True)
-        kept_n = sample["kept"]
-        target_n = sample["target"].reshape(-1).index_select(0, kept_n)
-        features_nc = features_btc.reshape(-1, features_btc.size(-1)).index_select(0, kept_n)
-        decoder: Any = self.model.decoder
-        logits_nv = decoder.output_layer(features_nc)
-        return label_smoothed_cross_entropy(logits_nv, target_n, self.label_smoothing)
+        logits_nv = _logits(self.model, sample)
+        target_n = sample["target"].reshape(-1).index_select(0, sample["kept"])
+        loss, nll = label_smoothed_cross_entropy(logits_nv, target_n, self.label_smoothing)
+        if self._teacher and self.distill.weight > 0:
+            with torch.no_grad():
+                teacher_nv = _logits(self._teacher[0], sample)
+            taught = distillation(logits_nv, teacher_nv, self.distill.temperature)
+            loss = (1 - self.distill.weight) * loss + self.distill.weight * taught
+        return loss, nll
+
+
+def _logits(model: nn.Module, sample: dict[str, Any]) -> Tensor:
+    """Logits [tokens, vocabulary] of the batch's target tokens, padding left out."""
+    inputs = sample["net_input"]
+    with short_attention(inputs["src_tokens"]):
+        features_btc, _ = model(**inputs, features_only=True)
+    features_nc = features_btc.reshape(-1, features_btc.size(-1)).index_select(0, sample["kept"])
+    decoder: Any = model.decoder
+    return decoder.output_layer(features_nc)
 
 
 @contextlib.contextmanager

@@ -46,3 +46,16 @@ def label_smoothed_cross_entropy(logits_nv: Tensor, target_n: Tensor, epsilon: f
     Source: Szegedy et al. 2016, section 7; fairseq's criterion `label_smoothed_cross_entropy`.
     """
     return _SmoothedCrossEntropy.apply(logits_nv, target_n, epsilon)
+
+
+def distillation(student_nv: Tensor, teacher_nv: Tensor, temperature: float) -> Tensor:
+    """temperature^2 * KL(teacher || student) of the softened distributions, summed over tokens, in nats, fp32.
+
+    Args:
+        student_nv, teacher_nv: logits [tokens, vocabulary]; no gradient flows to the teacher's.
+
+    Source: Hinton et al. 2015, section 2; word-level knowledge distillation of Kim & Rush 2016.
+    """
+    student = torch.log_softmax(student_nv.float() / temperature, dim=-1)
+    teacher = torch.log_softmax(teacher_nv.detach().float() / temperature, dim=-1)
+    return torch.nn.functional.kl_div(student, teacher, reduction="sum", log_target=True) * temperature**2

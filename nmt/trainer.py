@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tenko.compression.technique import Technique, UsesMoments
+
 from . import checkpoint, distributed, precision
 from .batches import UpdateStream, to_device
 from .config import TrainConfig
@@ -30,7 +32,6 @@ from .validate import Validation
 
 if TYPE_CHECKING:
     from tenko.comm import Route
-    from tenko.compression import Technique
 
     from .deepspeed_engine import ZeroEngine
 
@@ -61,7 +62,8 @@ class Trainer:
             logged; a single process keeps the module, without a route.
         engine: puts `ModelWithLoss` and the optimizer into DeepSpeed, in the place of `wrap`; it is given the
             resolved precision as well.
-        techniques: told before and after each update.
+        techniques: told before and after each update; their state is saved with the weights.
+        teacher: a frozen model on the same device, which `config.distill` learns from.
         checkpoints: folder of the checkpoints.
     """
 
@@ -76,6 +78,7 @@ class Trainer:
         wrap: Callable[[nn.Module], tuple[nn.Module, Route | None]] = lambda m: (m, None),
         engine: Callable[[nn.Module, torch.optim.Optimizer, str], ZeroEngine] | None = None,
         techniques: Sequence[Technique] = (),
+        teacher: nn.Module | None = None,
     ) -> None:
         self.model, self.stream, self.config, self.seed = model, stream, config, seed
         self.checkpoints, self.techniques = checkpoints, techniques
@@ -84,7 +87,7 @@ class Trainer:
         self.scaler = precision.loss_scaler(
             self.precision, self.device, init_scale=config.init_scale, scale_window=config.scale_window
         )
-        module = ModelWithLoss(model, config.label_smoothing).to(self.device)
+        module = ModelWithLoss(model, config.label_smoothing, teacher=teacher, distill=config.distill).to(self.device)
         self.wrapped, self.route = (module, None) if engine else wrap(module)
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         settings: dict[str, Any] = {
@@ -98,6 +101,9 @@ class Trainer:
             self.optimizer = self.route.optimizer(self.parameters.items(), **settings)
         else:
             self.optimizer = torch.optim.AdamW(self.parameters.values(), fused=True, **settings)
+        for technique in techniques:
+            if isinstance(technique, UsesMoments):
+                technique.use_optimizer(self.optimizer)
         self.engine = None
         if engine is not None:
             self.engine = engine(module, self.optimizer, self.precision)
@@ -187,6 +193,8 @@ class Trainer:
         """
         config = self.config
         self.model.train()
+        if self.updates == 0 and 0 in config.keep_updates:
+            self.save()
         while self.updates < config.max_update and not self.stopped_early:
             started = time.perf_counter()
             self.update()
@@ -199,7 +207,8 @@ class Trainer:
                 self.seconds += time.perf_counter() - started
             if self.updates % config.valid_interval == 0 or last:
                 on_metrics(self._validate(validate))
-            if self.updates % config.save_interval == 0 or last or self.stopped_early:
+            due = self.updates % config.save_interval == 0 or self.updates in config.keep_updates
+            if due or last or self.stopped_early:
                 self.save()
 
     @property
@@ -297,6 +306,7 @@ class Trainer:
                 "scaler": self.scaler.state_dict(),
                 "best": [self.best.bleu, self.best.update, self.best.since, self.best.nll],
                 "seconds": self.seconds,
+                "techniques": [technique.state_dict() for technique in self.techniques],
             },
             rank_state={
                 "route": None if self.route is None else self.route.state_dict(),
@@ -307,7 +317,7 @@ class Trainer:
             barrier=distributed.barrier,
         )
         if distributed.rank() == 0:
-            checkpoint.prune(self.checkpoints, self.config.keep_last)
+            checkpoint.prune(self.checkpoints, self.config.keep_last, keep=self.config.keep_updates)
 
     def resume(self) -> bool:
         """Go on from the newest checkpoint, if there is one.
@@ -318,17 +328,44 @@ class Trainer:
         updates = checkpoint.list_updates(self.checkpoints)
         if not updates:
             return False
-        folder = checkpoint.path_of(self.checkpoints, updates[-1])
+        self.load(checkpoint.path_of(self.checkpoints, updates[-1]))
+        return True
+
+    def rewind(self, folder: Path, *, moments: bool = True) -> None:
+        """Go on as if the checkpoint's update had just been made, with nothing validated yet.
+
+        Args:
+            folder: a checkpoint of a model with the same parameters, of this run or another.
+            moments: take Adam's moments and the route's state along; False starts them at zero.
+
+        Raises:
+            ValueError: it is damaged, or of another model; the message names the file.
+        """
+        self.load(folder, only_weights=not moments)
+        self.best, self.seconds = Best(), 0.0
+        self._reset_figures()
+
+    def load(self, folder: Path, *, only_weights: bool = False) -> None:
+        """Take weights, counters and all other state of a checkpoint; `only_weights` leaves optimizer, route and
+        techniques as they are.
+
+        Raises:
+            ValueError: it is damaged, or of another model; the message names the file.
+        """
         weights, state, rank_state = checkpoint.load(folder, rank=distributed.rank())
         load_weights(self.parameters, weights, folder)
+        self.updates, self.seconds = state["update"], state["seconds"]
+        self.best = Best(*state["best"])
+        self._reset_figures()
+        if only_weights:
+            return
         if self.engine is not None:
             self.engine.load_state_dict((rank_state or {}).get("engine"))
         else:
             self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        self.updates, self.seconds = state["update"], state["seconds"]
-        self.best = Best(*state["best"])
-        self._reset_figures()
+        for technique, kept in zip(self.techniques, state.get("techniques", []), strict=False):
+            technique.load_state_dict(kept)
         if state["world"] != self.stream.world:
             logger.warning(
                 "%s was saved by %d ranks, now %d: goes on, but not as it would have",
@@ -336,7 +373,7 @@ class Trainer:
                 state["world"],
                 self.stream.world,
             )
-            return True
+            return
         if rank_state is None:
             raise ValueError(f"{folder}: has no state of rank {distributed.rank()}")
         sums = rank_state["figures"]
@@ -344,7 +381,6 @@ class Trainer:
         self._tokens, self._seconds_before = sums[3:]
         if self.route is not None and rank_state["route"] is not None:
             self.route.load_state_dict(rank_state["route"])
-        return True
 
 
 def load_weights(parameters: dict[str, nn.Parameter], weights: dict[str, Tensor], source: Path) -> None:
