@@ -16,18 +16,10 @@ from typing import Any, Literal
 import yaml
 
 from tenko.comm.config import CommConfig
-from tenko.compression.config import QuantizeConfig
-from tenko.nmt.config import DataConfig, ModelConfig, TrainConfig, require
+from tenko.nmt.config import DataConfig, ModelConfig, require
 
 from .settings import Node, Problems, build, describe, join, parse, unknown_key
-
-StageConfig = TrainConfig | QuantizeConfig
-
-STAGE_CONFIGS: dict[str, type[TrainConfig] | type[QuantizeConfig]] = {"train": TrainConfig, "quantize": QuantizeConfig}
-"""The kinds of stages and their settings."""
-
-STAGE_AFTER: dict[str, tuple[str, ...]] = {"train": (), "quantize": ("train",)}
-"""The kinds a stage may follow; none means that it starts from the corpus and stands first."""
+from .stage_kinds import NOT_INHERITED, STAGE_CONFIGS, StageConfig, problem, why_not
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
@@ -149,7 +141,7 @@ def _stages(node: Node | None, place: str, problems: Problems) -> tuple[StageSpe
         problems.add(place, "stages", f"must be a list of at least one stage; kinds: {kinds}")
         return ()
     specs: list[StageSpec] = []
-    previous: str | None = None
+    training: Node | None = None
     for index, item in enumerate(node.value):
         if isinstance(item.value, str):  # `- quantize`: every default
             item = Node(item.place, {item.value: Node(item.place, None, "")}, keys={item.value: item.place})
@@ -173,16 +165,35 @@ def _stages(node: Node | None, place: str, problems: Problems) -> tuple[StageSpe
             problems.add(name_place, f"stages[{index}].name", f"letters, digits, - and _, no key's name; is {name!r}")
         if any(spec.name == name for spec in specs):
             problems.add(name_place, f"stages[{index}]", f"a second stage named {name}; give it another `name:`")
-        after = STAGE_AFTER[kind]
-        if after and previous not in after:
-            what = f"must follow {' or '.join(after)}"
-            problems.add(item.keys[kind], kind, f"{what}, {f'follows {previous}' if previous else 'is first'}")
-        if not after and previous is not None:
-            problems.add(item.keys[kind], kind, f"starts from the corpus and must be first, follows {previous}")
-        previous = kind
-        config = build(STAGE_CONFIGS[kind], item.value[kind], name, problems)
+        bad_order = why_not(kind, specs)
+        if bad_order:
+            problems.add(item.keys[kind], kind, bad_order)
+        settings, mistakes = _inherit(STAGE_CONFIGS[kind], item.value[kind], training), len(problems.found)
+        training = training or (item.value[kind] if kind == "train" else None)
+        config = build(STAGE_CONFIGS[kind], settings, name, problems)
+        if len(problems.found) == mistakes and not bad_order:
+            senseless = problem(kind, config, specs)
+            if senseless is not None:
+                place = settings.keys.get(senseless[0].partition(".")[0], item.keys[kind])
+                problems.add(place, join(name, senseless[0]) if senseless[0] else name, senseless[1])
         specs.append(StageSpec(kind=kind, name=name, config=config))
     return tuple(specs)
+
+
+def _inherit(cls: type, node: Node, training: Node | None) -> Node:
+    """The settings of a stage, its `train` filled up with what the stage train says."""
+    inherits = any(item.name == "train" for item in dataclasses.fields(cls))
+    if not inherits or training is None or not isinstance(training.value, dict):
+        return node
+    mapping = node.value if isinstance(node.value, dict) else {}
+    if node.value is not None and not isinstance(node.value, dict):
+        return node
+    own = mapping.get("train", Node(node.place, None, ""))
+    if own.value is not None and not isinstance(own.value, dict):
+        return node
+    given = {key: value for key, value in training.value.items() if key not in NOT_INHERITED}
+    merged = Node(own.place, {**given, **(own.value or {})}, keys={**training.keys, **own.keys})
+    return Node(node.place, {**mapping, "train": merged}, keys={"train": own.place, **node.keys})
 
 
 def _override(root: Node, override: str) -> None:

@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from tenko.comm.config import CommConfig
-from tenko.compression.config import QuantizeConfig
 from tenko.launch import recipe
+from tenko.launch.stage_kinds import STAGE_CONFIGS, QuantNoiseStage
 from tenko.nmt.config import DataConfig, ModelConfig, TrainConfig
 
 SMALL = """\
@@ -46,18 +46,24 @@ def test_the_demo_and_tiny_are_bundled() -> None:
     assert {"demo", "debian", "tiny"} <= set(recipe.bundled())
 
 
-def test_the_demo_explains_every_key() -> None:
-    loaded = yaml.safe_load(Path(recipe.__file__).parents[1].joinpath("recipes/demo.yaml").read_text())
-    train, quantize = loaded["stages"]
-    for config, node in (
-        (recipe.Recipe, loaded),
-        (DataConfig, loaded["data"]),
-        (ModelConfig, loaded["model"]),
-        (CommConfig, loaded["comm"]),
-        (TrainConfig, train["train"]),
-        (QuantizeConfig, quantize["quantize"]),
-    ):
-        assert {field.name for field in dataclasses.fields(config)} == set(node)
+def test_some_recipe_explains_every_key() -> None:
+    folder = Path(recipe.__file__).parents[1] / "recipes"
+    loaded = [yaml.safe_load(path.read_text()) for path in folder.glob("*.yaml")]
+    stages: dict[str, list[set[str]]] = {kind: [] for kind in STAGE_CONFIGS}
+    for document in loaded:
+        for stage in document["stages"]:
+            for kind in stage.keys() & stages.keys():
+                stages[kind].append(set(stage[kind] or {}))
+    sections = {
+        recipe.Recipe: [set(document) for document in loaded],
+        DataConfig: [set(document.get("data", {})) for document in loaded],
+        ModelConfig: [set(document.get("model", {})) for document in loaded],
+        CommConfig: [set(document.get("comm", {})) for document in loaded],
+        **{config: stages[kind] for kind, config in STAGE_CONFIGS.items()},
+    }
+    for config, found in sections.items():
+        keys = {field.name for field in dataclasses.fields(config)}
+        assert keys in found, f"no recipe explains every key of {config.__name__}: {sorted(keys)}"
 
 
 def test_values_reach_their_fields_with_their_types() -> None:
@@ -98,11 +104,19 @@ def test_stages_of_one_kind_are_told_apart_by_name() -> None:
         ("name: x", "workers: 1", "r.yaml:1: name: missing"),
         ("name: x", "name: x\nworkers: 0", "r.yaml:2: workers: must be 1 to 1024, is 0"),
         ("name: x", "name: x\n\x07", "r.yaml:2: not valid YAML"),
-        ("- quantize", "- quantise", "r.yaml:8: stages[1]: unknown stage quantise; kinds: train, quantize"),
-        ("- quantize: {}", "- {}", "r.yaml:8: stages[1]: needs one kind, has none; kinds: train, quantize"),
+        ("- quantize", "- quantise", "r.yaml:8: stages[1]: unknown stage quantise; kinds: train, pretrained, lottery"),
+        ("- quantize: {}", "- {}", "r.yaml:8: stages[1]: needs one kind, has none; kinds: train, pretrained"),
         ("- quantize: {}", "- train: {}", "r.yaml:8: stages[1]: a second stage named train"),
-        ("- quantize: {}", "- train: {}\n    name: b", "r.yaml:8: train: starts from the corpus and must be first"),
-        (SMALL[SMALL.index("stages") :], "stages: [quantize]\n", "r.yaml:4: quantize: must follow train, is first"),
+        (
+            "- quantize: {}",
+            "- train: {}\n    name: b",
+            "r.yaml:8: train: must follow pretrained or be first, follows train",
+        ),
+        (
+            SMALL[SMALL.index("stages") :],
+            "stages: [quantize]\n",
+            "r.yaml:4: quantize: must follow pretrained, train, lottery or quant_noise, is first",
+        ),
         (SMALL[SMALL.index("stages") :], "stages: []\n", "r.yaml:4: stages: must be a list of at least one stage"),
         (SMALL, "", "r.yaml:1: empty; a recipe needs at least name and stages"),
         (SMALL, "- 1", "r.yaml:1: must be a mapping of keys to values, is a list of 1"),
@@ -155,3 +169,54 @@ def test_a_bad_recipe_stops_the_command_before_anything_is_written(tmp_path: Pat
     assert done.stderr.startswith("tenko: error: r.yaml:6: train.lrr: unknown key; did you mean lr?")
     assert done.stderr.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["r.yaml"]
+
+
+def test_a_later_training_inherits_what_the_stage_train_says() -> None:
+    stages = "[train: {lr: 5e-4, max_update: 10, keep_updates: [2]}, quant_noise: {train: {lr: 1e-5}}]"
+    text = f"name: x\nstages: {stages}\n"
+    loaded = recipe.loads(text, "r.yaml", ["quant_noise.train.warmup_updates=7", "train.max_tokens=333"])
+    config = loaded.stages[1].config
+    assert isinstance(config, QuantNoiseStage)
+    assert (config.train.lr, config.train.max_update, config.train.warmup_updates) == (1e-5, 10, 7)
+    assert config.train.max_tokens == 333
+    assert config.train.keep_updates == ()
+    assert recipe.loads(recipe.dump(loaded), "again") == loaded
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ("[lottery]", "lottery: must follow train, is first"),
+        ("[pretrained, lottery]", "lottery: must follow train, follows pretrained"),
+        ("[train, lottery]", "lottery.rewind_to: update 0 is not among train.keep_updates: none"),
+        (
+            "[train: {keep_updates: [0, 5], max_update: 9}, lottery: {rewind_to: 4}]",
+            "lottery.rewind_to: update 4 is not among train.keep_updates: 0, 5",
+        ),
+        (
+            "[train: {keep_updates: [9], max_update: 9}, lottery: {rewind_to: 9}]",
+            "lottery.rewind_to: must be below max_update (9), is 9",
+        ),
+        (
+            "[train: {keep_updates: [0]}, lottery, ipq]",
+            "ipq: must follow pretrained, train or quant_noise, follows lottery",
+        ),
+        (
+            "[train, quant_noise, ipq]",
+            "ipq: can't follow quant_noise with scheme int8, which leaves quantized weights already",
+        ),
+        ("[train, quant_noise, quantize]", "quantize: can't follow quant_noise with scheme int8"),
+        ("[train, quantize, quantize]", "stages[2]: a second stage named quantize"),
+        (
+            "[train, export, quantize]",
+            "quantize: must follow pretrained, train, lottery or quant_noise, follows export",
+        ),
+        ("[train: {distill: {weight: 0.5}}]", "train.distill.weight: must be 0 in the first stage"),
+        (
+            "[train, quant_noise: {train: {engine: deepspeed}}]",
+            "quant_noise.train.engine: must be ddp in stage quant_noise",
+        ),
+    ],
+)
+def test_stages_that_make_no_sense_together_are_refused_with_the_reason(stages: str, message: str) -> None:
+    assert message in error_of(f"name: x\nstages: {stages}\n")

@@ -1,0 +1,124 @@
+"""The kinds of stages, their settings, and which may follow which: all that a recipe must know, without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from tenko.compression.config import IpqConfig, LotteryConfig, QuantizeConfig, QuantNoiseConfig
+from tenko.nmt.config import TrainConfig
+
+NOT_INHERITED = ("keep_updates", "engine", "zero_stage")
+"""Keys of `train` in a later stage that take their own default, not what the stage train says."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainedConfig:
+    model: str | None = None
+    """A model that ships with tenko (en-cs, cs-en), or an artefact's folder; null takes the recipe's direction."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantNoiseStage(QuantNoiseConfig):
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """The training under noise; keys that are left out are those of the recipe's stage train."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class IpqStage(IpqConfig):
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """The training after each group; keys that are left out are those of the recipe's stage train."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    format: Literal["ctranslate2", "fairseq"] = "ctranslate2"
+    """The program to write for."""
+    quantization: Literal["int8", "int16", "fp32"] = "int8"
+    """ctranslate2: the weights' type there."""
+
+
+StageConfig = (
+    TrainConfig | QuantizeConfig | PretrainedConfig | QuantNoiseStage | IpqStage | LotteryConfig | ExportConfig
+)
+
+STAGE_CONFIGS: dict[str, type[Any]] = {
+    "train": TrainConfig,
+    "pretrained": PretrainedConfig,
+    "lottery": LotteryConfig,
+    "quant_noise": QuantNoiseStage,
+    "ipq": IpqStage,
+    "quantize": QuantizeConfig,
+    "export": ExportConfig,
+}
+"""The kinds of stages and their settings."""
+
+STAGE_AFTER: dict[str, tuple[str, ...]] = {
+    "train": ("pretrained",),
+    "pretrained": (),
+    "lottery": ("train",),
+    "quant_noise": ("pretrained", "train", "lottery"),
+    "ipq": ("pretrained", "train", "quant_noise"),
+    "quantize": ("pretrained", "train", "lottery", "quant_noise"),
+    "export": ("pretrained", "train", "lottery", "quant_noise", "ipq", "quantize"),
+}
+"""The kinds a stage may follow."""
+FIRST = ("train", "pretrained")
+"""The kinds that may stand first."""
+
+
+class Spec(Protocol):
+    """What the order of stages depends on."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def config(self) -> Any: ...
+
+
+def why_not(kind: str, before: Sequence[Spec]) -> str | None:
+    """Why a stage of this kind can't stand after those; None if it can."""
+    if not before:
+        return None if kind in FIRST else f"must follow {_either(STAGE_AFTER[kind])}, is first"
+    previous = before[-1].kind
+    if previous not in STAGE_AFTER[kind]:
+        after = STAGE_AFTER[kind]
+        must = f"must follow {_either(after)}" if after else "must be first"
+        must += " or be first" if after and kind in FIRST else ""
+        return f"{must}, follows {previous}"
+    return None
+
+
+def problem(kind: str, config: StageConfig, before: Sequence[Spec]) -> tuple[str, str] | None:
+    """What makes no sense in these settings after those stages: (key, message); None if all is well."""
+    scheme = getattr(config, "scheme", "pq" if kind == "ipq" else "")
+    if any(spec.kind == "lottery" for spec in before) and (scheme.startswith("pq") or scheme == "binary"):
+        what = "codewords" if scheme.startswith("pq") else "two levels"
+        reason = f"{what} would fill the zeros of the lottery before it; valid: int8, int4, ternary"
+        return ("scheme" if kind != "ipq" else "", f"{scheme} can't follow pruning, since {reason}")
+    if before and before[-1].kind == "quant_noise" and kind in ("quantize", "ipq"):
+        noise = before[-1].config.scheme
+        if not noise.startswith("pq"):
+            return "", f"can't follow quant_noise with scheme {noise}, which leaves quantized weights already"
+        if kind == "quantize" and not scheme.startswith("pq"):
+            return "scheme", f"must be pq or pq_int8 after quant_noise with scheme {noise}, is {scheme}"
+    if isinstance(config, TrainConfig) and not before and config.distill.weight > 0:
+        return "distill.weight", "must be 0 in the first stage, which has no model before it to learn from"
+    if isinstance(config, LotteryConfig):
+        train = before[-1].config
+        kept = ", ".join(map(str, train.keep_updates)) or "none"
+        if config.rewind_to not in train.keep_updates:
+            return "rewind_to", f"update {config.rewind_to} is not among {before[-1].kind}.keep_updates: {kept}"
+        if config.rewind_to >= train.max_update:
+            return "rewind_to", f"must be below max_update ({train.max_update}), is {config.rewind_to}"
+        if train.engine != "ddp":
+            return "", f"needs train.engine: ddp, is {train.engine}"
+    own = getattr(config, "train", None)
+    if own is not None and own.engine != "ddp":
+        return "train.engine", f"must be ddp in stage {kind}, is {own.engine}"
+    return None
+
+
+def _either(kinds: Sequence[str]) -> str:
+    return " or ".join([", ".join(kinds[:-1]), kinds[-1]] if len(kinds) > 1 else kinds)
