@@ -32,6 +32,7 @@ setup(
         "sentencepiece>=0.2",
         "sacrebleu>=2.5",
         "safetensors>=0.5",
+        "faiss-cpu>=1.12",
         "numba>=0.61",
         "numpy>=2",
         "pyyaml>=6",

@@ -2,48 +2,121 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Literal
+
+PQ_GROUPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "ffn": ("*fc1.weight", "*fc2.weight"),
+        "embedding": ("*embed_*.weight", "*output_projection.weight"),
+        "attention": ("*[qkv]_proj.weight", "*out_proj.weight"),
+    }
+)
+"""Groups of weights by the names that Transformers give them; what `PqConfig.blocks` may name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PqConfig:
+    blocks: dict[str, int] = field(default_factory=lambda: {"ffn": 8, "embedding": 8, "attention": 4})
+    """Consecutive weights of a row that share one code, by group: ffn, embedding, attention, or a shell pattern of
+    parameter names. The first group that matches a weight counts, and each weight to quantize needs one; iPQ takes the
+    groups in this order. A block size must divide the columns of its weights."""
+    centroids: int = 256
+    """Centroids of a weight's codebook, at most 256; a weight with fewer distinct blocks takes as many as it has."""
+    iterations: int = 25
+    """Of k-means."""
+
+    def __post_init__(self) -> None:
+        if not self.blocks:
+            raise ValueError("blocks: must name at least one group, for instance {ffn: 8, embedding: 8, attention: 4}")
+        for group, block in self.blocks.items():
+            if block < 1:
+                raise ValueError(f"blocks: {group} must be at least 1, is {block}")
+        if not 2 <= self.centroids <= 256:
+            raise ValueError(f"centroids: must be 2 to 256, is {self.centroids}")
+        if self.iterations < 1:
+            raise ValueError(f"iterations: must be at least 1, is {self.iterations}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PqNoiseConfig(PqConfig):
+    noise: Literal["codeword", "zero"] = "codeword"
+    """What a block becomes under noise: its codeword, or zeros, which need no k-means (the paper's cheap proxy)."""
+    refit_interval: int = 500
+    """Updates between k-means anew, from the codebooks so far; codes and codebooks stay as they are in between."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.refit_interval < 1:
+            raise ValueError(f"refit_interval: must be at least 1, is {self.refit_interval}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeConfig:
-    scheme: Literal["int8"] = "int8"
-    """int8: symmetric, one scale per output channel."""
+    scheme: Literal["int8", "int4", "ternary", "lat", "binary", "pq", "pq_int8"] = "int8"
+    """int8, int4: symmetric, -127 to 127 and -7 to 7 times a scale. ternary: -1, 0, 1 times a scale, zero below 0.7 of
+    the mean magnitude (TWN). lat: ternary with the least error of codes and scale, in training weighted by the root of
+    Adam's second moment (loss-aware). binary: two levels, the 2-means of the weights. pq, pq_int8: product
+    quantization, centroids in fp16, or in int8 with one scale a codebook."""
+    granularity: Literal["channel", "tensor"] = "channel"
+    """One scale (or pair of levels) for each output channel, which for an embedding is a word, or for a whole
+    tensor."""
+    clip: Literal["max", "mse"] = "max"
+    """Scale of int8 and int4. max: the largest magnitude is the last code. mse: the least squared error, where large
+    weights may be clipped; slower, and worth it at 4 bits."""
+    pq: PqConfig = field(default_factory=PqConfig)
+    """Blocks and centroids of pq and pq_int8; without effect for the other schemes."""
     include: tuple[str, ...] = ("*",)
     """Shell patterns of the weights to quantize, by parameter name; only tensors of two or more dimensions count."""
     exclude: tuple[str, ...] = ()
     """Shell patterns of weights to leave in fp32; a pattern that matches none is an error, in both lists."""
 
     def __post_init__(self) -> None:
+        if self.clip == "mse" and self.scheme not in ("int8", "int4"):
+            raise ValueError(f"clip: mse is for int8 and int4, scheme is {self.scheme}; valid is max")
         if not self.include:
             raise ValueError("include: must name at least one pattern, for instance ['*']")
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuantNoiseConfig:
-    scheme: Literal["int8"] = "int8"
-    """int8: symmetric, one scale per output channel."""
+class QuantNoiseConfig(QuantizeConfig):
+    pq: PqNoiseConfig = field(default_factory=PqNoiseConfig)
+    """Blocks, centroids and noise of pq; without effect for the other schemes."""
     p: float = 0.5
-    """Fraction of the weights that each update sees quantized; 1 is quantization-aware training."""
-    include: tuple[str, ...] = ("*",)
-    """Shell patterns of the weights to quantize, by parameter name."""
-    exclude: tuple[str, ...] = ()
-    """Shell patterns of weights to leave in fp32."""
+    """Fraction of the weights that an update sees quantized; 1 is quantization-aware training. Evaluation quantizes
+    all."""
+    block_size: int = 1
+    """Weights that are quantized or left exact together, consecutive ones of a row; must divide the columns."""
+    activations: bool = False
+    """Quantize the inputs of the linear layers too, to 8 bits, in training and in the result (Q8BERT)."""
+    ema_decay: float = 0.9999
+    """Of the moving average of an input's largest magnitude, an update."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < self.p <= 1:
             raise ValueError(f"p: must be above 0 and at most 1, is {self.p}")
+        if self.block_size < 1:
+            raise ValueError(f"block_size: must be at least 1, is {self.block_size}")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay: must be at least 0 and below 1, is {self.ema_decay}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class IpqConfig:
-    centroids: int = 256
-    """Centroids of a codebook, at most 256."""
+class IpqConfig(PqConfig):
+    scheme: Literal["pq", "pq_int8"] = "pq"
+    """pq: centroids in fp16. pq_int8: centroids in int8, one scale a codebook; they are trained as such."""
+    include: tuple[str, ...] = ("*",)
+    """Shell patterns of the weights to quantize, by parameter name; only tensors of two or more dimensions count."""
+    exclude: tuple[str, ...] = ()
+    """Shell patterns of weights to leave in fp32; a pattern that matches none is an error, in both lists."""
 
     def __post_init__(self) -> None:
-        if not 2 <= self.centroids <= 256:
-            raise ValueError(f"centroids: must be 2 to 256, is {self.centroids}")
+        super().__post_init__()
+        if not self.include:
+            raise ValueError("include: must name at least one pattern, for instance ['*']")
 
 
 @dataclass(frozen=True, kw_only=True)
