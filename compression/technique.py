@@ -132,9 +132,9 @@ def select_weights(model: nn.Module, include: Sequence[str], exclude: Sequence[s
     found = weights(model)
     for key, patterns in (("include", include), ("exclude", exclude)):
         for pattern in patterns:
-            if not any(_matches(weight, (pattern,)) for weight in found):
-                raise ValueError(f"{key}: {pattern!r} matches no weight; valid names are {_some(found)}")
-    selected = [w for w in found if _matches(w, include) and not _matches(w, exclude)]
+            if not any(name_matches(weight, (pattern,)) for weight in found):
+                raise ValueError(f"{key}: {pattern!r} matches no weight; valid names are {some_names(found)}")
+    selected = [w for w in found if name_matches(w, include) and not name_matches(w, exclude)]
     if not selected:
         raise ValueError(f"exclude: {list(exclude)} leaves none of what include {list(include)} matches")
     return selected
@@ -156,11 +156,13 @@ def unparametrize_weight(weight: Weight) -> None:
         assert getattr(module, attribute) is weight.tensor, f"{weight.name} was replaced while it was parametrized"
 
 
-def _matches(weight: Weight, patterns: Iterable[str]) -> bool:
+def name_matches(weight: Weight, patterns: Iterable[str]) -> bool:
+    """Whether one of the shell patterns matches one of the weight's names."""
     return any(fnmatchcase(name, pattern) for pattern in patterns for name in weight.names)
 
 
-def _some(found: list[Weight]) -> str:
+def some_names(found: Sequence[Weight]) -> str:
+    """The names of the first few weights, for a message."""
     if not found:
         return "none: the model has no weight of two or more dimensions"
     rest = len(found) - NAMES_SHOWN

@@ -1,0 +1,281 @@
+"""Product quantization: consecutive weights of a row share a one-byte code, the number of a centroid in a codebook.
+
+A weight [rows, columns] is cut into blocks of `block` weights, k-means over its blocks gives the codebook [K, block], and
+codes [rows, columns / block] name the nearest centroid of each. Centroids are stored in fp16 (`pq`) or in int8 with one
+scale (`pq_int8`): next to the error of the codes, tens of per cent of the weights' norm, fp16's 0.05 % is nothing, and
+it halves the codebooks. Codes are chosen for the centroids as they are stored.
+
+Source: Jegou et al. 2011 (product quantization); Stock et al. 2020, section 3 (of a layer's weights).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from . import kmeans
+from .config import PQ_GROUPS, PqConfig, QuantizeConfig
+from .schemes import decode_pq, dequantize
+from .technique import Packed, Weight, name_matches, select_weights, some_names, weights
+
+PqScheme = Literal["pq", "pq_int8"]
+LEVELS = 127  # of int8 centroids; -128 stays unused: symmetric
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A weight and how it is cut."""
+
+    weight: Weight
+    block: int
+    """Weights that share a code."""
+    group: str
+    """The key of `PqConfig.blocks` that it belongs to."""
+
+
+def select_blocks(
+    model: nn.Module, include: Sequence[str], exclude: Sequence[str], sizes: dict[str, int]
+) -> list[Blocks]:
+    """The weights to quantize with their block sizes, in the model's order; reads no values.
+
+    Args:
+        model: not parametrized yet.
+        include, exclude: see `select_weights`.
+        sizes: `PqConfig.blocks`.
+
+    Raises:
+        ValueError: a pattern or group matches nothing, a selected weight is in no group, or a size does not divide the
+            columns of a weight; one line with the valid choices.
+    """
+    selected = select_weights(model, include, exclude)
+    found = weights(model)
+    for group in sizes:
+        if not any(name_matches(weight, PQ_GROUPS.get(group, (group,))) for weight in found):
+            valid = f"{', '.join(PQ_GROUPS)} or a shell pattern of a weight's name: {some_names(found)}"
+            raise ValueError(f"blocks: {group!r} matches no weight; valid is {valid}")
+    grouped = [
+        (weight, next((group for group in sizes if name_matches(weight, PQ_GROUPS.get(group, (group,)))), None))
+        for weight in selected
+    ]
+    without = [weight for weight, group in grouped if group is None]
+    if without:
+        have = ", ".join(sizes)
+        raise ValueError(f"blocks: {have} have no size for {some_names(without)}; add a group, or exclude them")
+    blocks = [Blocks(weight, sizes[group], group) for weight, group in grouped if group is not None]
+    for item in blocks:
+        rows = item.weight.tensor.shape[0]
+        columns = item.weight.tensor.numel() // rows
+        if columns % item.block:
+            possible = ", ".join(str(n) for n in range(1, columns + 1) if columns % n == 0)
+            raise ValueError(
+                f"blocks: {item.group} is {item.block}, which does not divide the {columns} columns of "
+                f"{item.weight.name}; possible are {possible}"
+            )
+    return blocks
+
+
+def quantize_pq(
+    weight: Tensor,
+    block: int,
+    centroids: int = 256,
+    *,
+    seed: int,
+    scheme: PqScheme = "pq",
+    iterations: int = 25,
+    start: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Codes and codebook of a weight by k-means over its blocks.
+
+    Args:
+        weight: [rows, ...], floating point, finite; `block` divides the product of the other dimensions.
+        block: weights that share a code.
+        centroids: K, at most 256; fewer where the weight has fewer distinct blocks.
+        seed: of k-means, which is deterministic for it.
+        scheme: how centroids are stored; codes name the nearest of the stored ones.
+        iterations: of k-means.
+        start: [K, block], an earlier codebook to go on from.
+
+    Returns:
+        codes, uint8 [rows, columns / block]; codebook, fp32 [K, block], not rounded as `scheme` stores it; on the CPU.
+    """
+    assert 2 <= centroids <= 256, f"{centroids} centroids: a code is one byte"
+    blocks = as_blocks(weight, block).float()
+    codebook = kmeans.fit(blocks, centroids, seed=seed, iterations=iterations, start=start)
+    codes = kmeans.assign(blocks, centroid_values(codebook, scheme))
+    return codes.to(torch.uint8).reshape(weight.shape[0], -1), codebook
+
+
+def as_blocks(weight: Tensor, block: int) -> Tensor:
+    """The blocks [rows * columns / block, block] of a weight [rows, ...], row by row."""
+    return weight.detach().reshape(-1, block)
+
+
+def store_centroids(codebook: Tensor, scheme: PqScheme) -> dict[str, Tensor]:
+    """A codebook as the file holds it: `codebook` in fp16, or in int8 with `scale`, fp32 [1], max|centroid| / 127.
+
+    Args:
+        codebook: fp32 [K, block].
+        scheme: pq is fp16, pq_int8 is int8.
+    """
+    if scheme == "pq":
+        return {"codebook": codebook.detach().half()}
+    values = codebook.detach().float()
+    scale = values.abs().max().reshape(1) / LEVELS
+    scale = torch.where(scale < torch.finfo(torch.float32).tiny, 0.0, scale)
+    divisor = torch.where(scale == 0, torch.inf, scale)
+    rounded = torch.clamp(torch.round(values / divisor), -LEVELS, LEVELS)
+    return {"codebook": rounded.to(torch.int8), "scale": scale}
+
+
+def centroid_values(codebook: Tensor, scheme: PqScheme) -> Tensor:
+    """The codebook [K, block] in fp32 as it comes back from the file."""
+    stored = store_centroids(codebook, scheme)
+    return dequantize(stored["codebook"], stored["scale"]) if "scale" in stored else stored["codebook"].float()
+
+
+def pack_pq(codes: Tensor, codebook: Tensor, scheme: PqScheme) -> Packed:
+    """Codes [rows, columns / block] and codebook fp32 [K, block] in their stored form."""
+    return Packed(scheme, {"codes": codes.cpu(), **{k: v.cpu() for k, v in store_centroids(codebook, scheme).items()}})
+
+
+def decode_packed(packed: Packed, shape: Sequence[int]) -> Tensor:
+    """The fp32 weight of this shape that a packed form stands for."""
+    parts = packed.parts
+    return decode_pq(parts["codes"], parts["codebook"], shape, parts.get("scale"))
+
+
+@torch.no_grad()
+def quantize_shared(
+    items: Sequence[Blocks],
+    config: PqConfig,
+    *,
+    scheme: PqScheme,
+    seed: int,
+    starts: Sequence[Tensor] | None = None,
+) -> list[tuple[Tensor, Tensor]]:
+    """`quantize_pq` of each weight, the work divided among the ranks; called on every rank, the same on all of them.
+
+    Args:
+        items: the weights, equal on all ranks.
+        config: centroids and iterations.
+        scheme: see `quantize_pq`.
+        seed: of k-means; each weight has its own.
+        starts: codebooks to go on from.
+
+    Returns:
+        (codes, codebook) of each weight, on its device.
+
+    Raises:
+        ValueError: a weight holds inf or NaN, or a value that fp16 does not reach.
+    """
+    for item in items:
+        check_values(item.weight)
+    ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    mine = dist.get_rank() if ranks > 1 else 0
+    made = {
+        i: quantize_pq(
+            item.weight.tensor,
+            item.block,
+            config.centroids,
+            seed=_seed(seed, i),
+            scheme=scheme,
+            iterations=config.iterations,
+            start=None if starts is None else starts[i],
+        )
+        for i, item in enumerate(items)
+        if i % ranks == mine
+    }
+    results = []
+    for i, item in enumerate(items):
+        tensor = item.weight.tensor
+        count = torch.tensor(len(made[i][1]) if i in made else 0, device=tensor.device)
+        if ranks > 1:
+            dist.broadcast(count, i % ranks)
+        codes = torch.empty(len(tensor), tensor[0].numel() // item.block, dtype=torch.uint8, device=tensor.device)
+        codebook = torch.empty(int(count), item.block, device=tensor.device)
+        if i in made:
+            codes.copy_(made[i][0])
+            codebook.copy_(made[i][1])
+        if ranks > 1:
+            dist.broadcast(codes, i % ranks)
+            dist.broadcast(codebook, i % ranks)
+        results.append((codes, codebook))
+    return results
+
+
+def check_values(weight: Weight) -> None:
+    """Raises: ValueError if the weight holds inf or NaN, or a value that no fp16 centroid reaches."""
+    largest = weight.tensor.detach().abs().max()
+    if not bool(torch.isfinite(largest)):
+        raise ValueError(f"{weight.name}: holds inf or NaN and can't be quantized")
+    if float(largest) > torch.finfo(torch.float16).max:
+        raise ValueError(f"{weight.name}: holds {float(largest):g}, beyond fp16's 65504, and can't be quantized by pq")
+
+
+class PostTrainingPq:
+    """The technique of `QuantizeConfig` with scheme pq or pq_int8: k-means over the weights as they are.
+
+    Nothing is finetuned and nothing is parametrized: `attach` only finds the weights and checks their block sizes.
+    """
+
+    def __init__(self, config: QuantizeConfig, *, seed: int = 0) -> None:
+        assert config.scheme in ("pq", "pq_int8")
+        self.name: str = config.scheme
+        self.config, self.seed = config, seed
+        self._scheme: PqScheme = "pq" if config.scheme == "pq" else "pq_int8"
+        self._attached: list[Blocks] = []
+        self._packed: dict[str, Packed] = {}
+
+    def attach(self, model: nn.Module) -> None:
+        assert not self._attached, "attached already"
+        self._attached = select_blocks(model, self.config.include, self.config.exclude, self.config.pq.blocks)
+
+    def before_update(self, update: int) -> None:
+        """Nothing: weights are quantized once, in `bake`."""
+
+    def after_update(self, update: int) -> None:
+        """Nothing: weights are quantized once, in `bake`."""
+
+    @torch.no_grad()
+    def bake(self, model: nn.Module) -> None:
+        """Leave dense decoded weights; each rank may call this alone.
+
+        Raises:
+            ValueError: a weight holds inf, NaN or a value beyond fp16's; the model stays as it is.
+        """
+        assert self._attached, "bake follows attach"
+        for item in self._attached:
+            check_values(item.weight)
+        for i, item in enumerate(self._attached):
+            codes, codebook = quantize_pq(
+                item.weight.tensor,
+                item.block,
+                self.config.pq.centroids,
+                seed=_seed(self.seed, i),
+                scheme=self._scheme,
+                iterations=self.config.pq.iterations,
+            )
+            packed = pack_pq(codes, codebook, self._scheme)
+            item.weight.tensor.copy_(decode_packed(packed, item.weight.tensor.shape))
+            self._packed |= dict.fromkeys(item.weight.names, packed)
+        self._attached = []
+
+    def pack(self, name: str) -> Packed | None:
+        assert not self._attached, "pack follows bake"
+        return self._packed.get(name)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to take."""
+
+
+def _seed(seed: int, weight: int) -> int:
+    return int(np.random.SeedSequence((seed, weight)).generate_state(1)[0])
