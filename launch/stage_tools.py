@@ -37,6 +37,7 @@ from tenko.nmt.validate import Validator
 from .files import write_json_atomic, write_text_atomic
 from .metrics import MetricsLog
 from .rundir import ARTEFACT, CHECKPOINTS, METRICS, StageContext
+from .stage_kinds import PretrainedConfig
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -85,12 +86,31 @@ def start(context: StageContext, config: TrainConfig | None = None) -> Accelerat
 
 
 def open_corpus(context: StageContext) -> Corpus:
-    """The prepared corpus: rank 0 builds or finds it, the others open what it names."""
-    path = None
+    """The prepared corpus: rank 0 builds or finds it, the others open what it names.
+
+    A recipe that begins with a pretrained model takes that model's subwords.
+    """
+    path, data = None, context.recipe.data
+    first = context.recipe.stages[0].config
+    if isinstance(first, PretrainedConfig) and data.subwords is None:
+        subwords = pretrained_folder(first, context.recipe.direction) / "spm.model"
+        data = dataclasses.replace(data, subwords=str(subwords))
     if distributed.rank() == 0:
-        path = str(prepare(context.recipe.data, report=context.reporter.log).path)
+        path = str(prepare(data, report=context.reporter.log).path)
     path = distributed.gather_json(path, "cuda" if torch.cuda.is_available() else "cpu")[0]
     return Corpus.open(Path(path))
+
+
+def pretrained_folder(config: PretrainedConfig, direction: str) -> Path:
+    """The artefact's folder that the settings name: one that ships with tenko, or the user's own.
+
+    Raises:
+        ValueError: no such model; names those that ship.
+    """
+    from tenko.nmt import pretrained
+
+    name = config.model or direction
+    return Path(name) if Path(name).is_dir() else pretrained.path(name)
 
 
 def read_model(folder: Path) -> tuple[nn.Module, ModelConfig]:
@@ -320,25 +340,49 @@ def write_and_measure(
     corpus: Corpus,
     *,
     folder: Path | None = None,
-    title: str | None = None,
-    device: str = "cpu",
     technique: Technique | None = None,
     metadata: Mapping[str, Any] | None = None,
-    started: float | None = None,
-    **figures: Any,
+    **rest: Any,
 ) -> dict[str, Any]:
-    """Write the artefact, read it back, translate the test split with it, and write result.json last; rank 0 alone.
+    """Write the artefact, then `measure` it; rank 0 alone.
 
     Args:
         context: the stage.
         model: plain and dense: techniques baked.
         model_config: its settings, for the artefact.
         corpus: gives subwords and test split.
-        folder: where artefact, hypotheses and result stand; the stage's own by default.
-        title: of the progress bar; the stage's name by default.
-        device: where to translate.
+        folder: where the artefact shall stand; the stage's own by default.
         technique: baked; says which tensors are packed.
         metadata: more for the artefact.
+        rest: for `measure`.
+
+    Returns:
+        the result.
+    """
+    folder = folder or context.directory
+    metadata = {"direction": context.recipe.direction, "model": dataclasses.asdict(model_config), **(metadata or {})}
+    _write_artefact(folder / ARTEFACT, model, corpus, metadata, technique)
+    return measure(context, corpus, folder=folder, **rest)
+
+
+def measure(
+    context: StageContext,
+    corpus: Corpus,
+    *,
+    folder: Path | None = None,
+    title: str | None = None,
+    device: str = "cpu",
+    started: float | None = None,
+    **figures: Any,
+) -> dict[str, Any]:
+    """Read an artefact back, translate the test split with it, and write result.json last; rank 0 alone.
+
+    Args:
+        context: the stage.
+        corpus: gives the test split.
+        folder: holds the artefact, and gets hypotheses and result; the stage's own by default.
+        title: of the progress bar; the stage's name by default.
+        device: where to translate.
         started: `time.monotonic()` of when the work began, for the result's seconds.
         figures: more for the result; what is None is left out.
 
@@ -348,21 +392,11 @@ def write_and_measure(
     from tenko.nmt.evaluate import evaluate
 
     folder, title = folder or context.directory, title or context.stage.name
-    artefact = folder / ARTEFACT
-    metadata = {"direction": context.recipe.direction, "model": dataclasses.asdict(model_config), **(metadata or {})}
-    _write_artefact(artefact, model, corpus, metadata, technique)
-    translator = Translator.load(artefact, device=device)
+    translator = Translator.load(folder / ARTEFACT, device=device)
     source, target = (("en", "cs").index(lang) for lang in translator.direction.split("-"))
-    texts = corpus.text("test")
-    reporter = context.reporter
+    texts, decode, reporter = corpus.text("test"), decode_config(context), context.reporter
     reporter.start(f"{title}: translating the test split", len(texts[source]))
-    scores = evaluate(
-        translator,
-        texts[source],
-        texts[target],
-        decode_config(context),
-        lambda done, total: reporter.advance(done),
-    )
+    scores = evaluate(translator, texts[source], texts[target], decode, lambda done, total: reporter.advance(done))
     reporter.finish()
     reporter.log(f"{title}: test BLEU {scores.bleu:.2f}, chrF {scores.chrf:.2f}")
     write_text_atomic(folder / HYPOTHESES, "".join(f"{line}\n" for line in scores.hypotheses))
@@ -378,8 +412,8 @@ def write_and_measure(
         "sentences": scores.sentences,
         "tokens_per_second": scores.tokens_per_second,
         "threads": torch.get_num_threads(),
-        "artefact_bytes": artefact_bytes(artefact),
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "artefact_bytes": artefact_bytes(folder / ARTEFACT),
+        "parameters": sum(p.numel() for p in translator.model.parameters()),
         "samples": [
             {"source": s, "reference": r, "hypothesis": h}
             for (s, r, h), _ in zip(samples, range(SAMPLES), strict=False)

@@ -6,19 +6,29 @@ artefact on disk, read back and measured, and a result.json.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 
 import torch
 
-from tenko.compression import Int8PerChannel
+from tenko.compression import Int8PerChannel, read_artefact
 from tenko.compression.config import QuantizeConfig
 from tenko.nmt import distributed
 from tenko.nmt.config import TrainConfig
 from tenko.nmt.fairseq_bridge import build_model
 
 from .rundir import StageContext
-from .stage_tools import open_corpus, previous_model, start, train_model, write_and_measure
+from .stage_kinds import PretrainedConfig
+from .stage_tools import (
+    measure,
+    open_corpus,
+    pretrained_folder,
+    previous_model,
+    start,
+    train_model,
+    write_and_measure,
+)
 
 
 def run_train(context: StageContext) -> None:
@@ -44,6 +54,26 @@ def run_train(context: StageContext) -> None:
     distributed.barrier()
 
 
+def run_pretrained(context: StageContext) -> None:
+    """Take a trained model as it is; its test BLEU is what later stages are held to."""
+    config = context.stage.config
+    assert isinstance(config, PretrainedConfig)
+    started = time.monotonic()
+    start(context)
+    folder = pretrained_folder(config, context.recipe.direction)
+    corpus = open_corpus(context)
+    if distributed.rank() == 0:
+        direction = read_artefact(folder)[1].get("direction")
+        if direction != context.recipe.direction:
+            raise ValueError(
+                f"pretrained.model: {folder} translates {direction}, the recipe {context.recipe.direction}"
+            )
+        shutil.rmtree(context.artefact, ignore_errors=True)
+        shutil.copytree(folder, context.artefact)
+        measure(context, corpus, started=started)
+    distributed.barrier()
+
+
 def run_quantize(context: StageContext) -> None:
     """Quantize the weights of the stage before; rank 0 works, there is nothing to share."""
     config = context.stage.config
@@ -60,5 +90,9 @@ def run_quantize(context: StageContext) -> None:
     distributed.barrier()
 
 
-RUNNERS: dict[str, Callable[[StageContext], None]] = {"train": run_train, "quantize": run_quantize}
+RUNNERS: dict[str, Callable[[StageContext], None]] = {
+    "train": run_train,
+    "pretrained": run_pretrained,
+    "quantize": run_quantize,
+}
 """What runs a stage of each kind."""

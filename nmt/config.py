@@ -32,7 +32,10 @@ class DataConfig:
     test_size: int = 1000
     """The same for `test`."""
     vocab_size: int = 4000
-    """Size of the joint sentencepiece BPE vocabulary, special symbols included."""
+    """Size of the joint sentencepiece BPE vocabulary, special symbols included; of no effect with `subwords`."""
+    subwords: str | None = None
+    """A sentencepiece model (fairseq's special symbols first, as tenko writes it) to use instead of training one; null
+    trains one, or takes that of the stage pretrained, if it stands first."""
     max_tokens_per_sentence: int = 128
     """Pairs with a side of more subwords are dropped."""
     max_ratio: float = 3.0

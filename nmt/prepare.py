@@ -65,6 +65,9 @@ def _identity(config: DataConfig, files: dict[str, dict[str, Path]]) -> dict[str
     }
     settings = {key: getattr(config, key) for key in ("vocab_size", "max_tokens_per_sentence", "max_ratio")}
     settings |= {f"{split}_size": getattr(config, f"{split}_size") for split in SPLITS[1:] if split not in files}
+    if config.subwords is not None:
+        del settings["vocab_size"]
+        settings["subwords"] = sha256(Path(config.subwords))
     versions = {"sentencepiece": sentencepiece.__version__, "unicode": unicodedata.unidata_version}
     return {"format": FORMAT, "inputs": inputs, "settings": settings, "subwords": TRAINING, "versions": versions}
 
@@ -93,6 +96,11 @@ def prepare(config: DataConfig, *, report: Report) -> Corpus:
         for split, source in (("train", config.train), ("valid", config.valid), ("test", config.test))
         if source is not None
     }
+    if config.subwords is not None:
+        try:
+            Subwords(config.subwords)
+        except ValueError as error:
+            raise ValueError(f"data.subwords: {error}") from None
     identity = _identity(config, files)
     name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     cache = Path(config.cache).expanduser()
@@ -237,7 +245,13 @@ class _Builder:
             yield int(fate), en, cs
 
     def _train_subwords(self, fates: np.ndarray) -> Subwords:
-        """Subwords trained on all of train, or on a sample taken by hash: always the same, from all over the corpus."""
+        """Subwords trained on all of train, or on a sample taken by hash: always the same, from all over the corpus;
+        or those that the user gave."""
+        if self.config.subwords is not None:
+            shutil.copyfile(self.config.subwords, self.folder / "spm.model")
+            given = Subwords(self.folder / "spm.model")
+            given.write_dictionary(self.folder / "dict.txt")
+            return given
         pairs = int((fates == splits.TRAIN).sum())
         share = min(1.0, SUBWORD_SAMPLE / pairs, SUBWORD_CHARACTERS / self.characters)
         threshold = int(share * (1 << 64))
