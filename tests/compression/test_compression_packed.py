@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -35,12 +36,27 @@ def example(folder: Path) -> tuple[Path, dict[str, Tensor]]:
     return write_artefact(folder, model.state_dict(), metadata=METADATA, technique=technique), model.state_dict()
 
 
-def rewrite(file: Path, change: Callable[[Parts, Document], None]) -> None:
-    """Write the file anew with `change` applied to its tensors and its metadata."""
+def seal(parts: Parts, document: Document) -> str:
+    """The sha256 that docs/packed_file.md describes."""
+    digest = hashlib.sha256()
+    if document["format"] != 1:
+        rest = {key: value for key, value in document.items() if key != "sha256"}
+        digest.update((json.dumps(rest, sort_keys=True) + "\n").encode())
+    for name in sorted(parts):
+        part = parts[name]
+        digest.update(f"{name} {str(part.dtype).split('.')[1]} {list(part.shape)}\n".encode())
+        digest.update(part.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def rewrite(file: Path, change: Callable[[Parts, Document], None], *, sealed: bool = False) -> None:
+    """Write the file anew with `change` applied to its tensors and its metadata; sealed: with their true sha256."""
     with safe_open(str(file), "pt") as opened:
         document = json.loads(opened.metadata()["tenko"])
     parts = safetensors.torch.load(file.read_bytes())
     change(parts, document)
+    if sealed:
+        document["sha256"] = seal(parts, document)
     file.write_bytes(safetensors.torch.save(parts, {"tenko": json.dumps(document)}))
 
 
@@ -131,25 +147,30 @@ def _set(key: str, value: Any) -> Callable[[Parts, Document], None]:
 
 
 MALFORMED = {
-    "newer": (_set("format", 2), r"format 2 is newer than this tenko reads \(1\)"),
+    "newer": (_set("format", 3), r"format 3 is newer than this tenko reads \(2\)"),
     "no version": (_set("format", "1"), "no format version"),
     "no list of tensors": (_set("tensors", [1]), "metadata has no 'tensors'"),
     "no sha256": (lambda parts, document: document.__delitem__("sha256"), "metadata has no 'sha256'"),
     "missing codes": (_drop("0.weight.codes"), r"tensor 0\.weight\.codes is missing"),
     "missing scale": (_drop("0.weight.scale"), r"tensor 0\.weight\.scale is missing"),
     "missing dense": (_drop("0.bias"), r"tensor 0\.bias is missing"),
-    "wrong dtype": (_part("0.weight.codes", lambda t: t.short()), r"0\.weight\.codes is int16, not int8"),
-    "wrong dense dtype": (_part("0.bias", lambda t: t.half()), r"0\.bias is float16, not float32"),
+    "wrong dtype": (_part("0.weight.codes", lambda t: t.byte()), r"0\.weight\.codes is uint8, not int8"),
+    "foreign dtype": (_part("0.weight.codes", lambda t: t.short()), r"0\.weight\.codes has dtype I16; valid are F32, "),
+    "wrong dense dtype": (_part("0.bias", lambda t: t.to(torch.int8)), r"0\.bias is int8, not float32 or float16 or "),
     "wrong shape": (_part("0.weight.codes", lambda t: t.t()), r"codes has shape \[6, 4\], not \[4, 6\]"),
-    "wrong scale": (_part("0.weight.scale", lambda t: t[:2]), r"scale has shape \[2\], not \[4\]"),
-    "unknown scheme": (_entry("scheme", "int5"), r"unknown scheme 'int5'; valid are dense, int8"),
+    "wrong scale": (_part("0.weight.scale", lambda t: t[:2]), r"scale has shape \[2\], not \[4\] or \[1\]"),
+    "unknown scheme": (_entry("scheme", "int5"), r"unknown scheme 'int5'; valid are dense, int8, int4, ternary, "),
     "no scheme": (_entry("scheme", None), "names no scheme"),
     "no shape": (_entry("shape", [-4, "x"]), "has no shape"),
     "left over": (lambda parts, document: parts.__setitem__("x", torch.ones(1)), "tensor x is in no list"),
     "tied to nothing": (_set("tied", {"1.weight": "9.weight"}), r"1\.weight is tied to '9\.weight', which is missing"),
     "tied to a list": (_set("tied", {"1.weight": [1]}), "which is missing"),
     "tied and stored": (_set("tied", {"0.bias": "0.weight"}), r"0\.bias is both stored and tied"),
-    "changed codes": (_part("0.weight.codes", lambda t: t + 1), "damaged: the tensors differ from their sha256"),
+    "changed codes": (_part("0.weight.codes", lambda t: t + 1), "damaged: the tensors or the metadata differ"),
+    "changed metadata": (_set("direction", "cs-en"), "damaged: the tensors or the metadata differ"),
+    "sane shape": (_entry("shape", [0, 2**70]), r"0\.weight claims shape \[0, 1180591620717411303424\], too much"),
+    "no mask": (_entry("mask", 1), "0\\.weight has mask 1, which is neither true nor false"),
+    "a name of two lines": (lambda parts, document: parts.__setitem__("x\ny", torch.ones(1)), r"x\\ny is in no list"),
 }
 
 
