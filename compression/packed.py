@@ -176,7 +176,8 @@ def _document(text: str) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"metadata is no JSON ({error})") from None
     version = document.get("format") if isinstance(document, dict) else None
-    _check(type(version) is int and version >= 1, "metadata has no format version")
+    if type(version) is not int or version < 1:
+        raise ValueError("metadata has no format version")
     _check(version <= FORMAT, f"format {version} is newer than this tenko reads ({FORMAT}); update tenko")
     for key, kind in (("tensors", dict), ("tied", dict), ("sha256", str)):
         _check(isinstance(document.get(key), kind), f"metadata has no {key!r}")
