@@ -1,9 +1,9 @@
 """Product quantization: consecutive weights of a row share a one-byte code, the number of a centroid in a codebook.
 
-A weight [rows, columns] is cut into blocks of `block` weights, k-means over its blocks gives the codebook [K, block], and
-codes [rows, columns / block] name the nearest centroid of each. Centroids are stored in fp16 (`pq`) or in int8 with one
-scale (`pq_int8`): next to the error of the codes, tens of per cent of the weights' norm, fp16's 0.05 % is nothing, and
-it halves the codebooks. Codes are chosen for the centroids as they are stored.
+A weight [rows, columns] is cut into blocks of `block` weights, k-means over its blocks gives the codebook [K, block],
+and codes [rows, columns / block] name the nearest centroid of each. Centroids are stored in fp16 (`pq`) or in int8 with
+one scale (`pq_int8`): next to the error of the codes, tens of per cent of the weights' norm, fp16's 0.05 % is nothing,
+and it halves the codebooks. Codes are chosen for the centroids as they are stored.
 
 Source: Jegou et al. 2011 (product quantization); Stock et al. 2020, section 3 (of a layer's weights).
 """
@@ -175,7 +175,7 @@ def quantize_shared(
         ValueError: a weight holds inf or NaN, or a value that fp16 does not reach.
     """
     for item in items:
-        check_values(item.weight)
+        check_values(item.weight.name, item.weight.tensor)
     ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     mine = dist.get_rank() if ranks > 1 else 0
     made = {
@@ -209,13 +209,13 @@ def quantize_shared(
     return results
 
 
-def check_values(weight: Weight) -> None:
-    """Raises: ValueError if the weight holds inf or NaN, or a value that no fp16 centroid reaches."""
-    largest = weight.tensor.detach().abs().max()
+def check_values(name: str, values: Tensor) -> None:
+    """Raises: ValueError if weight or codebook holds inf or NaN, or a value that no fp16 centroid reaches."""
+    largest = values.detach().abs().max()
     if not bool(torch.isfinite(largest)):
-        raise ValueError(f"{weight.name}: holds inf or NaN and can't be quantized")
+        raise ValueError(f"{name}: holds inf or NaN and can't be quantized")
     if float(largest) > torch.finfo(torch.float16).max:
-        raise ValueError(f"{weight.name}: holds {float(largest):g}, beyond fp16's 65504, and can't be quantized by pq")
+        raise ValueError(f"{name}: holds {float(largest):g}, beyond fp16's 65504, and can't be quantized by pq")
 
 
 class PostTrainingPq:
@@ -251,7 +251,7 @@ class PostTrainingPq:
         """
         assert self._attached, "bake follows attach"
         for item in self._attached:
-            check_values(item.weight)
+            check_values(item.weight.name, item.weight.tensor)
         for i, item in enumerate(self._attached):
             codes, codebook = quantize_pq(
                 item.weight.tensor,

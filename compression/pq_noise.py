@@ -1,0 +1,194 @@
+"""Quant-Noise with product quantization: an update sees a random fraction p of the blocks replaced, the rest exact.
+
+A block becomes its codeword (`noise: codeword`) or zeros (`noise: zero`, the paper's cheap proxy); gradients pass
+straight through to all stored weights. The mask is drawn once an update by (seed, update, weight), for all ranks and
+micro-batches. k-means is too slow for every update: codes and codebooks are fitted at the first one and every
+`refit_interval`, from the codebooks so far, and kept in between. Evaluation reads all blocks quantized, by the nearest
+of the codebook's centroids at that moment; with zeros it reads exact weights.
+
+The trained weights stay dense (`bake` leaves them exact): post-training or iterative product quantization follows.
+
+Source: Fan et al. 2021, "Training with Quantization Noise for Extreme Model Compression", section 4.2. fairseq's own
+zero noise also multiplies what is left by 1 / (1 - p), as dropout does; the paper does not, and neither does this.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from . import kmeans
+from .config import QuantNoiseConfig
+from .pq import Blocks, PqScheme, as_blocks, centroid_values, quantize_shared, select_blocks
+from .schemes import decode_pq
+from .technique import Packed, parametrize_weight, unparametrize_weight
+
+
+class PqNoise:
+    """The technique of `QuantNoiseConfig` with scheme pq or pq_int8.
+
+    Args:
+        config: p, weights, blocks and noise.
+        seed: of masks and k-means; the same on all ranks.
+    """
+
+    def __init__(self, config: QuantNoiseConfig, *, seed: int = 0) -> None:
+        assert config.scheme in ("pq", "pq_int8")
+        self.name = "pq_noise"
+        self.config, self.seed = config, seed
+        self.scheme: PqScheme = "pq" if config.scheme == "pq" else "pq_int8"
+        self._update = 0
+        self._attached: list[Blocks] = []
+        self._readers: list[NoisyBlocks] = []
+
+    def attach(self, model: nn.Module) -> None:
+        """Parametrize the matched weights.
+
+        Raises:
+            ValueError: see `select_blocks`.
+        """
+        assert not self._attached, "attached already"
+        config = self.config
+        self._attached = select_blocks(model, config.include, config.exclude, config.pq.blocks)
+        for position, item in enumerate(self._attached):
+            self._readers.append(NoisyBlocks(self, item, position))
+            parametrize_weight(item.weight, self._readers[-1])
+
+    def before_update(self, update: int) -> None:
+        """A new mask, and where it is time new codebooks; called on every rank, which share that work.
+
+        Raises:
+            ValueError: codebooks are due, and a weight holds inf or NaN.
+        """
+        self._update = update
+        self._forget()
+        if self.config.pq.noise == "codeword" and (
+            not self._fitted or update % self.config.pq.refit_interval == 0  # the first may be after a rewind
+        ):
+            self._fit()
+
+    def after_update(self, update: int) -> None:
+        """What modules read follows the new weights."""
+        self._forget()
+
+    def bake(self, model: nn.Module) -> None:
+        """Leave the exact weights, which a stage of real quantization reads."""
+        assert self._attached, "bake follows attach"
+        for item in self._attached:
+            unparametrize_weight(item.weight)
+        self._attached, self._readers = [], []
+
+    def pack(self, name: str) -> Packed | None:
+        """None: weights are stored dense."""
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Codes and codebooks by name, as of the last refit; {} before it, and with zeros."""
+        return {
+            item.weight.name: {"codes": reader.codes.cpu(), "codebook": reader.codebook.cpu()}
+            for item, reader in zip(self._attached, self._readers, strict=True)
+            if reader.codes is not None and reader.codebook is not None
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `Technique.load_state_dict`."""
+        assert not state or set(state) == {item.weight.name for item in self._attached}, "of other weights"
+        self._forget()
+        for item, reader in zip(self._attached, self._readers, strict=True):
+            device, kept = item.weight.tensor.device, state.get(item.weight.name)
+            reader.codes = None if kept is None else kept["codes"].to(device)
+            reader.codebook = None if kept is None else kept["codebook"].to(device)
+
+    @property
+    def _fitted(self) -> bool:
+        return all(reader.codes is not None for reader in self._readers)
+
+    def _fit(self) -> None:
+        starts = [reader.codebook for reader in self._readers]
+        fitted = quantize_shared(
+            self._attached,
+            self.config.pq,
+            scheme=self.scheme,
+            seed=self.seed,
+            starts=[start for start in starts if start is not None] if self._fitted else None,
+        )
+        for reader, (codes, codebook) in zip(self._readers, fitted, strict=True):
+            reader.codes, reader.codebook = codes, codebook
+
+    def _forget(self) -> None:
+        for reader in self._readers:
+            reader.forget()
+
+    def _mask(self, item: Blocks, position: int) -> Tensor:
+        """The blocks that this update replaces, bool [blocks]."""
+        device = item.weight.tensor.device
+        state = np.random.SeedSequence((self.seed, self._update, position)).generate_state(1, np.uint64)
+        generator = torch.Generator(device).manual_seed(int(state[0]))
+        blocks = item.weight.tensor.numel() // item.block
+        return torch.rand(blocks, generator=generator, device=device) < self.config.p
+
+
+class NoisyBlocks(nn.Module):
+    """Parametrization, one instance for all sites of a weight: gives what modules read, gradients straight through.
+
+    It is computed once an update, and anew when the weight's version or storage changes; torch's fused AdamW raises no
+    version, so the technique throws it away after each update too.
+    """
+
+    codes: Tensor | None
+    """uint8 [rows, columns / block]; plain attributes, since DDP would broadcast buffers and checkpoints save them."""
+    codebook: Tensor | None
+    """fp32 [K, block]."""
+
+    def __init__(self, technique: PqNoise, item: Blocks, position: int) -> None:
+        super().__init__()
+        self._source = (technique, item, position)  # in a tuple: its parameter must not be registered here too
+        self.codes = self.codebook = None
+        self._value: Tensor | None = None
+        self._key: tuple[int, int, bool] | None = None
+
+    def forward(self, stored: Tensor) -> Tensor:
+        technique, _, _ = self._source
+        zero = technique.config.pq.noise == "zero"
+        if (zero and not self.training) or (not zero and self.codes is None):  # not fitted before the first update
+            return stored
+        key = (stored.data_ptr(), stored._version, self.training)
+        if self._value is None or self._key != key:
+            with torch.no_grad():
+                self._value = self._noisy(stored) if self.training else self._quantized(stored)
+            self._key = key
+        return _StraightThrough.apply(stored, self._value)
+
+    def forget(self) -> None:
+        """Compute what modules read anew when it is read next."""
+        self._value = self._key = None
+
+    def _noisy(self, stored: Tensor) -> Tensor:
+        technique, item, position = self._source
+        mask = technique._mask(item, position)[:, None]
+        blocks = as_blocks(stored, item.block)
+        if self.codes is None or self.codebook is None:
+            return torch.where(mask, 0.0, blocks).reshape(stored.shape)
+        values = centroid_values(self.codebook, technique.scheme)
+        codewords = decode_pq(self.codes, values, blocks.shape)
+        return torch.where(mask, codewords.to(stored.dtype), blocks).reshape(stored.shape)
+
+    def _quantized(self, stored: Tensor) -> Tensor:
+        technique, item, _ = self._source
+        assert self.codebook is not None
+        values = centroid_values(self.codebook, technique.scheme)
+        codes = kmeans.assign(as_blocks(stored, item.block), values).to(stored.device)
+        return decode_pq(codes, values, stored.shape).to(stored.dtype)
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, stored: Tensor, value: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
