@@ -124,14 +124,44 @@ class LotteryConfig:
     rounds: int = 5
     """Times that weights are pruned, rewound and trained again."""
     fraction: float = 0.2
-    """Fraction of the surviving weights that each round prunes."""
+    """Fraction of the surviving weights that each round prunes; (1 - fraction)^rounds are left in the end."""
+    one_shot: bool = False
+    """Prune to what `rounds` rounds leave at once, and train once."""
+    scope: Literal["global", "module"] = "global"
+    """global ranks the magnitudes of all weights together; module prunes the same fraction of each tensor."""
+    granularity: Literal["weight"] = "weight"
+    """What is pruned as one."""
+    embeddings: bool = False
+    """Prune embeddings too, and the output projection that is tied to them."""
+    include: tuple[str, ...] = ("*",)
+    """Shell patterns of the weights to prune, by parameter name; only tensors of two or more dimensions count."""
+    exclude: tuple[str, ...] = ()
+    """Shell patterns of weights to leave whole; a pattern that matches none is an error, in both lists."""
     rewind_to: int = 0
-    """Update whose weights a round begins with; one of the stage train's keep_updates."""
+    """Update whose weights a round begins with, and whose place in schedule and data; one of the stage train's
+    keep_updates. 0 are the initial weights."""
+    moments: Literal["restore", "zero"] = "restore"
+    """Adam's moments at the begin of a round: as they were at `rewind_to`, under the mask; or zero."""
+    control: Literal["none", "random", "reinit", "no_rewind", "stabilised", "constant"] = "none"
+    """none: lottery tickets, by late rewinding. What they are compared with: random: random masks of the same counts in
+    each tensor, rewound alike. reinit: the masks on new random weights, trained from update 0. no_rewind: magnitude
+    pruning; trained weights are kept, and only learning rate and data are rewound. stabilised: as Brix et al. 2020: the
+    weights of `rewind_to` of the round before, with the schedule from update 0. constant: each tensor's surviving
+    weights at `rewind_to` by their signs, in one magnitude."""
+    masks_of: str = ""
+    """With a control random, reinit or constant: the name of an earlier lottery stage of the recipe, whose masks it
+    takes round by round. Without, each round prunes what the round before it trained."""
 
     def __post_init__(self) -> None:
         if self.rounds < 1:
             raise ValueError(f"rounds: must be at least 1, is {self.rounds}")
         if not 0 <= self.fraction < 1:
             raise ValueError(f"fraction: must be in [0, 1), is {self.fraction}")
+        if not self.include:
+            raise ValueError("include: must name at least one pattern, for instance ['*']")
         if self.rewind_to < 0:
             raise ValueError(f"rewind_to: must be at least 0, is {self.rewind_to}")
+        if self.control == "stabilised" and self.rewind_to == 0:
+            raise ValueError("rewind_to: must be above 0 with control: stabilised, which begins with trained weights")
+        if self.masks_of and self.control not in ("random", "reinit", "constant"):
+            raise ValueError(f"masks_of: needs control: random, reinit or constant, is {self.control}")
