@@ -9,17 +9,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .config import QuantizeConfig
+    from .activations import activation_ranges, attach_activations
+    from .config import QuantizeConfig, QuantNoiseConfig
     from .int8 import Int8PerChannel
+    from .noise import QuantNoise
     from .packed import artefact_bytes, read_artefact, write_artefact
     from .technique import Packed, Technique, select_weights
 
 __all__ = [
     "Int8PerChannel",
     "Packed",
+    "QuantNoise",
+    "QuantNoiseConfig",
     "QuantizeConfig",
     "Technique",
+    "activation_ranges",
     "artefact_bytes",
+    "attach_activations",
     "read_artefact",
     "select_weights",
     "write_artefact",
@@ -27,7 +33,11 @@ __all__ = [
 
 _HOME = {
     "Int8PerChannel": "int8",
+    "QuantNoise": "noise",
+    "QuantNoiseConfig": "config",
     "QuantizeConfig": "config",
+    "activation_ranges": "activations",
+    "attach_activations": "activations",
     "artefact_bytes": "packed",
     "read_artefact": "packed",
     "write_artefact": "packed",
