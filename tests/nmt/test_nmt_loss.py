@@ -10,9 +10,10 @@ import torch
 from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEntropyCriterion
 from toy_training import toy_model
 
+from tenko.nmt.config import DistillConfig
 from tenko.nmt.corpus import Corpus
 from tenko.nmt.fairseq_bridge import PAD, ModelWithLoss, collate
-from tenko.nmt.loss import label_smoothed_cross_entropy
+from tenko.nmt.loss import distillation, label_smoothed_cross_entropy
 
 
 def batch(corpus: Corpus, sentences: int = 9) -> dict[str, Any]:
@@ -99,3 +100,37 @@ def test_a_certain_and_a_hopeless_word_stay_finite() -> None:
     assert torch.isfinite(loss)
     assert logits.grad is not None
     torch.testing.assert_close(logits.grad, torch.tensor([[0.1, -0.05, -0.05], [-0.9, -0.05, 0.95]]))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_distillation_is_the_divergence_from_the_teacher(temperature: float) -> None:
+    generator = torch.Generator().manual_seed(3)
+    student = torch.randn(7, 11, generator=generator, requires_grad=True)
+    teacher = torch.randn(7, 11, generator=generator, requires_grad=True)
+    loss = distillation(student, teacher, temperature)
+    p = (teacher.detach() / temperature).softmax(-1)
+    q = (student.detach() / temperature).softmax(-1)
+    torch.testing.assert_close(loss.detach(), (p * (p / q).log()).sum() * temperature**2)
+    loss.backward()
+    torch.testing.assert_close(student.grad, (q - p) * temperature)
+    assert teacher.grad is None
+    assert distillation(teacher, teacher, temperature).item() == pytest.approx(0, abs=1e-5)
+
+
+def test_a_teacher_takes_its_share_of_the_loss_and_is_no_part_of_the_module(small_corpus: Corpus) -> None:
+    student, teacher = toy_model(small_corpus, seed=1), toy_model(small_corpus, seed=2, dropout=0.5)
+    sample = batch(small_corpus)
+    alone, nll = ModelWithLoss(student, 0.1)(sample)
+    found = {}
+    for weight in (0.0, 0.25, 1.0):
+        module = ModelWithLoss(student, 0.1, teacher=teacher, distill=DistillConfig(weight=weight, temperature=2.0))
+        assert len(list(module.parameters())) == len(list(student.parameters()))
+        module.train()
+        assert not teacher.training, "a teacher has no dropout"
+        loss, same = module(sample)
+        assert same.item() == nll.item()
+        found[weight] = loss.item()
+    assert found[0.0] == alone.item()
+    assert found[0.25] == pytest.approx(0.75 * found[0.0] + 0.25 * found[1.0], rel=1e-5)
+    own = ModelWithLoss(student, 0.1, teacher=toy_model(small_corpus, seed=1), distill=DistillConfig(weight=1.0))
+    assert own(sample)[0].item() == pytest.approx(0, abs=1e-2), "a teacher that is the student teaches nothing"

@@ -4,6 +4,7 @@ import errno
 import lzma
 import multiprocessing
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -340,3 +341,19 @@ def test_a_corpus_too_small_for_the_vocabulary_names_the_key(corpus_file: str, t
     with pytest.raises(ValueError, match=r"data\.vocab_size: 50000 is too many for this corpus; the largest possible"):
         prepare(config(tmp_path, corpus_file, vocab_size=50_000), report=quiet)
     assert left_over(tmp_path / "cache") == []
+
+
+def test_subwords_that_are_given_are_used_and_count(corpus_file: str, tmp_path: Path) -> None:
+    first = prepare(config(tmp_path, corpus_file), report=quiet)
+    given = tmp_path / "given.model"
+    shutil.copyfile(first.spm_path, given)
+    other = config(tmp_path, corpus_file, vocab_size=64, subwords=str(given))
+    taken = prepare(other, report=quiet)
+    assert taken.path != first.path
+    assert taken.spm_path.read_bytes() == given.read_bytes()
+    assert taken.dict_path.read_bytes() == first.dict_path.read_bytes()
+    for side in ("en", "cs"):
+        assert [*taken.split("test").tokens(side, 0)] == [*first.split("test").tokens(side, 0)]
+    given.write_bytes(b"no model")
+    with pytest.raises(ValueError, match=r"^data\.subwords: .*given\.model: not a sentencepiece model$"):
+        prepare(other, report=quiet)

@@ -335,6 +335,12 @@ class Recorder:
     def after_update(self, update: int) -> None:
         self.note("after", update)
 
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        assert state == {}
+
 
 def test_techniques_are_told_before_and_after_each_update(small_corpus: Corpus, tmp_path: Path) -> None:
     recorder, model = Recorder(), toy_model(small_corpus)
@@ -402,3 +408,64 @@ def test_training_through_int8_bakes_to_the_model_that_was_trained(small_corpus:
     again = toy_trainer(small_corpus, tmp_path, model=resumed, techniques=[other], max_update=5)
     assert again.resume()
     assert torch.equal(again.parameters[stored], trained)
+
+
+def test_the_updates_to_rewind_to_are_kept_for_good(small_corpus: Corpus, tmp_path: Path) -> None:
+    trainer = toy_trainer(
+        small_corpus, tmp_path, max_update=8, save_interval=2, keep_last=2, valid_interval=8, keep_updates=(0, 3)
+    )
+    initial = {name: p.detach().clone() for name, p in trainer.parameters.items()}
+    trainer.run(validate=validations(1.0))
+    assert checkpoint.list_updates(tmp_path) == [0, 3, 6, 8]
+    kept = checkpoint.load(checkpoint.path_of(tmp_path, 0))[0]
+    assert all(torch.equal(kept[name], value) for name, value in initial.items())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_rewound_run_is_the_run_once_more(small_corpus: Corpus, tmp_path: Path, precision: str) -> None:
+    settings = {"max_update": 6, "save_interval": 2, "keep_updates": (3,), "precision": precision, "update_freq": 2}
+    first = toy_trainer(small_corpus, tmp_path / "first", dropout=0.1, **settings)
+    first.run(validate=validations(1.0))
+    again = toy_trainer(
+        small_corpus, tmp_path / "again", model=toy_model(small_corpus, seed=9, dropout=0.1), **settings
+    )
+    again.rewind(checkpoint.path_of(tmp_path / "first", 3))
+    assert (again.updates, again.best.bleu) == (3, -1.0)
+    again.run(validate=validations(1.0))
+    assert all(torch.equal(again.parameters[name], p) for name, p in first.parameters.items())
+    bare = toy_trainer(small_corpus, tmp_path / "bare", dropout=0.1, **settings)
+    bare.rewind(checkpoint.path_of(tmp_path / "first", 3), moments=False)
+    assert not bare.optimizer.state, "the moments start at zero"
+    bare.run(validate=validations(1.0))
+    assert not torch.equal(next(iter(bare.parameters.values())), next(iter(first.parameters.values())))
+
+
+class Counting(Recorder):
+    """A technique whose state is not in the weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = torch.zeros(2)
+
+    def before_update(self, update: int) -> None:
+        self.count += update
+
+    def after_update(self, update: int) -> None:
+        """Nothing."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.count = state["count"]
+
+
+def test_what_techniques_remember_comes_back(small_corpus: Corpus, tmp_path: Path) -> None:
+    recorder, model = Recorder(), toy_model(small_corpus)
+    recorder.attach(model)
+    toy_trainer(small_corpus, tmp_path, model=model, techniques=[recorder, Counting()], max_update=4).run(
+        validate=validations(1.0)
+    )
+    resumed = Counting()
+    assert toy_trainer(small_corpus, tmp_path, techniques=[recorder, resumed], max_update=4).resume()
+    assert torch.equal(resumed.count, torch.full((2,), 0.0 + 1 + 2 + 3))
