@@ -12,7 +12,7 @@ The controls change one thing each (`Start` says which):
   updates, and the schedule begins at 0 with its warm-up and without moments. (The stabilised lottery ticket of Frankle
   et al. 2019, theta_k of the dense model, is what control none does with rewind_to above 0.) They prune each layer for
   itself: scope module.
-- constant: sign(theta_k) * alpha, alpha = sqrt(6 / (inputs + outputs)) of the tensor: the signs survive, not the values.
+- constant: sign(theta_k) * alpha, alpha = sqrt(6 / (inputs + outputs)) of the tensor: signs survive, values do not.
 
 Source: Frankle & Carbin 2019; Frankle et al. 2019, 2020 (rewinding); Yu et al. 2020 (Transformers); Brix, Bahar & Ney
 2020, section 3 (stabilised and constant tickets); Zhou et al. 2019 (constant).
@@ -60,8 +60,8 @@ class Start:
     """What a round begins with."""
 
     weights: Literal["dense", "last", "trained", "fresh"]
-    """dense: of update `rewind_to` of the dense model. last: of the same update of the round before. trained: of the end
-    of the round before. fresh: drawn anew."""
+    """dense: of update `rewind_to` of the dense model. last: of the same update of the round before. trained: of the
+    end of the round before. fresh: drawn anew."""
     update: int
     """Where schedule and data begin."""
     moments: Literal["dense", "trained", "zero"]
@@ -142,7 +142,7 @@ def mask_optimizer(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn
 
 
 def mask_feedback(route_state: dict[str, Any], parameters: list[nn.Parameter], masks: Mapping[int, Tensor]) -> None:
-    """Zero what a route's error feedback still owes to pruned weights, in the route's state.
+    """Zero what a route's error feedback still owes to pruned weights, in the route's state, in place.
 
     Args:
         route_state: `Route.state_dict()`.
@@ -153,3 +153,5 @@ def mask_feedback(route_state: dict[str, Any], parameters: list[nn.Parameter], m
         mask = masks.get(id(parameters[int(index)]))
         if mask is not None:
             residual.view(-1).masked_fill_(~mask.reshape(-1), 0)
+    for candidate in (route_state.get("candidates") or {}).values():  # route: auto
+        mask_feedback(candidate, parameters, masks)

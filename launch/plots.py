@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,6 +104,15 @@ def draw(curves: Sequence[Curve], unit: str, *, log: bool) -> Figure:
 
 
 def _svg(curves: Sequence[Curve], unit: str, *, log: bool) -> str:
+    return to_svg(lambda: draw(curves, unit, log=log))
+
+
+def to_svg(make: Callable[[], Figure]) -> str:
+    """A figure as inline SVG in the page's text colour; the same figure gives the same text.
+
+    Args:
+        make: draws it, called under the style.
+    """
     style: dict[Any, Any] = {
         "svg.fonttype": "none",  # text stays text, in the page's font
         "svg.hashsalt": "tenko",  # the same figures give the same bytes
@@ -112,7 +121,7 @@ def _svg(curves: Sequence[Curve], unit: str, *, log: bool) -> str:
     }
     buffer = io.StringIO()
     with matplotlib.rc_context(style):
-        draw(curves, unit, log=log).savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+        make().savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :].replace(INK, "currentColor")
     return re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)

@@ -126,6 +126,11 @@ def loads(text: str, label: str, overrides: tuple[str, ...] | list[str] = ()) ->
         message = f"must be fp32 with engine: deepspeed, which exchanges gradients itself, is {recipe.comm.route}"
         problems.add(root.keys.get("comm", root.place), "comm.route", message)
         problems.check()
+    served = recipe.comm.route == "server" or any(rule.route == "server" for rule in recipe.comm.split)
+    if served and any(getattr(stage.config, "moments", "zero") == "restore" for stage in stages):
+        message = "owners of shards keep Adam's moments, which a lottery can't mask; set moments: zero in the lottery"
+        problems.add(root.keys.get("comm", root.place), "comm.route", message)
+        problems.check()
     head = {key: getattr(recipe, key) for key in _TOP_KEYS if key != "stages"}
     return Recipe(**head, stages=stages)
 

@@ -42,15 +42,18 @@ def write_report(run: RunDirectory) -> Path:
     """
     sections: list[str] = []
     rows: list[tuple[StageSpec, dict[str, Any]]] = []
+    lotteries: dict[str, Any] = {}
     for index, spec in enumerate(run.recipe.stages):
         directory = run.stage_directory(index)
         result = run.result(index)
         if result is not None:
             rows.append((spec, result))
+            if result.get("rounds"):
+                lotteries[spec.name] = result["rounds"]
         if not directory.is_dir():
             sections.append(f"<h2>{escape(spec.name)}</h2><p class=quiet>Not begun.</p>")
             continue
-        section = _stage(spec, directory, result)
+        section = _stage(spec, directory, result, lotteries)
         sections.append(section)
         table = _table([(spec, result)] if result is not None else [])
         title = f"{run.recipe.name}: {spec.name}"
@@ -94,7 +97,7 @@ def _table(rows: list[tuple[StageSpec, dict[str, Any]]]) -> str:
     return f"{table}<p class=quiet>{'; '.join(notes)}.</p>"
 
 
-def _stage(spec: StageSpec, directory: Path, result: dict[str, Any] | None) -> str:
+def _stage(spec: StageSpec, directory: Path, result: dict[str, Any] | None, lotteries: dict[str, Any]) -> str:
     parts = [f"<h2>{escape(spec.name)}</h2>"]
     entries = read_metrics(directory / METRICS)
     if result is None:
@@ -103,6 +106,10 @@ def _stage(spec: StageSpec, directory: Path, result: dict[str, Any] | None) -> s
         parts.append(f"<p class=quiet>Not finished{reached}.</p>")
     elif facts := _facts(result):
         parts.append(f"<p>{escape(facts)}.</p>")
+    if spec.name in lotteries:
+        from .lottery_report import tickets_html
+
+        parts.append(tickets_html(spec.name, lotteries))
     if entries:
         from .plots import stage_plots  # matplotlib, a second to import
 

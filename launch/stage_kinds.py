@@ -57,7 +57,7 @@ STAGE_CONFIGS: dict[str, type[Any]] = {
 STAGE_AFTER: dict[str, tuple[str, ...]] = {
     "train": ("pretrained",),
     "pretrained": (),
-    "lottery": ("train",),
+    "lottery": ("train", "lottery"),
     "quant_noise": ("pretrained", "train", "lottery"),
     "ipq": ("pretrained", "train", "quant_noise"),
     "quantize": ("pretrained", "train", "lottery", "quant_noise"),
@@ -73,6 +73,8 @@ class Spec(Protocol):
 
     @property
     def kind(self) -> str: ...
+    @property
+    def name(self) -> str: ...
     @property
     def config(self) -> Any: ...
 
@@ -106,18 +108,39 @@ def problem(kind: str, config: StageConfig, before: Sequence[Spec]) -> tuple[str
     if isinstance(config, TrainConfig) and not before and config.distill.weight > 0:
         return "distill.weight", "must be 0 in the first stage, which has no model before it to learn from"
     if isinstance(config, LotteryConfig):
-        train = before[-1].config
-        kept = ", ".join(map(str, train.keep_updates)) or "none"
-        if config.rewind_to not in train.keep_updates:
-            return "rewind_to", f"update {config.rewind_to} is not among {before[-1].kind}.keep_updates: {kept}"
-        if config.rewind_to >= train.max_update:
-            return "rewind_to", f"must be below max_update ({train.max_update}), is {config.rewind_to}"
-        if train.engine != "ddp":
-            return "", f"needs train.engine: ddp, is {train.engine}"
+        return _lottery_problem(config, before)
     own = getattr(config, "train", None)
     if own is not None and own.engine != "ddp":
         return "train.engine", f"must be ddp in stage {kind}, is {own.engine}"
     return None
+
+
+def _lottery_problem(config: LotteryConfig, before: Sequence[Spec]) -> tuple[str, str] | None:
+    dense = next(spec for spec in reversed(before) if spec.kind == "train")
+    train = dense.config
+    kept = ", ".join(map(str, train.keep_updates)) or "none"
+    if config.rewind_to not in train.keep_updates and config.control != "reinit":
+        return "rewind_to", f"update {config.rewind_to} is not among {dense.name}.keep_updates: {kept}"
+    if config.rewind_to >= train.max_update:
+        return "rewind_to", f"must be below {dense.name}.max_update ({train.max_update}), is {config.rewind_to}"
+    if train.engine != "ddp":
+        return "", f"needs {dense.name}.engine: ddp, is {train.engine}"
+    if config.masks_of:
+        others = {spec.name: spec.config for spec in before if spec.kind == "lottery"}
+        if config.masks_of not in others:
+            valid = ", ".join(others) or "none"
+            return "masks_of", f"{config.masks_of} is no lottery stage before this one; valid: {valid}"
+        other = others[config.masks_of]
+        for key in _SAME_MASKS:
+            mine, its = getattr(config, key), getattr(other, key)
+            if mine != its:
+                return key, f"must be as in {config.masks_of}, whose masks are taken ({its}), is {mine}"
+        if config.rounds > other.rounds:
+            return "rounds", f"must be at most those of {config.masks_of} ({other.rounds}), is {config.rounds}"
+    return None
+
+
+_SAME_MASKS = ("fraction", "one_shot", "scope", "granularity", "embeddings", "include", "exclude")
 
 
 def _either(kinds: Sequence[str]) -> str:

@@ -20,6 +20,7 @@ from tenko.nmt.fairseq_bridge import build_model
 
 from .rundir import StageContext
 from .stage_kinds import PretrainedConfig
+from .stage_lottery import run_lottery
 from .stage_tools import (
     measure,
     open_corpus,
@@ -93,6 +94,7 @@ def run_quantize(context: StageContext) -> None:
 RUNNERS: dict[str, Callable[[StageContext], None]] = {
     "train": run_train,
     "pretrained": run_pretrained,
+    "lottery": run_lottery,
     "quantize": run_quantize,
 }
 """What runs a stage of each kind."""
