@@ -341,6 +341,28 @@ def unused(_: Path) -> None:
         route.close()
 
 
+def never_used(_: Path) -> None:
+    """A branch that no step uses, in a static graph, whose buckets DDP rebuilds after the first step."""
+    route = make_route(CommConfig(bits=8, bits_down=8, clip=0, error_feedback=False), 1)
+    ours, plain = (
+        DistributedDataParallel(Branches().to(DEVICE), static_graph=True, bucket_cap_mb=BUCKET_MB) for _ in range(2)
+    )
+    register(ours, route)
+    for step in range(5):
+        x = torch.randn(6, 30, generator=torch.Generator().manual_seed(10 * step + dist.get_rank())).to(DEVICE)
+        for model in (ours, plain):
+            model.zero_grad()
+            model(x, 0).square().sum().backward()
+        used = 0
+        for mine, theirs in zip(ours.parameters(), plain.parameters(), strict=True):
+            assert (mine.grad is None) == (theirs.grad is None)
+            if theirs.grad is not None and theirs.grad.norm() > 0:
+                used += 1
+                assert (mine.grad - theirs.grad).norm() <= 0.05 * theirs.grad.norm(), (step, tuple(mine.shape))
+        assert 0 < used < len(list(plain.parameters()))
+    route.close()
+
+
 def frees(_: Path) -> None:
     """A closed route and its model go when nobody holds them: their memory does not add up over many."""
     for make in (QuantizedAllReduce, ParameterServer):
@@ -486,6 +508,7 @@ SCENARIOS = {
         server_overflow,
         portions,
         unused,
+        never_used,
         frees,
         group,
         auto,

@@ -22,6 +22,8 @@ LANES = [
     "server",
     "server_overflow",
     "portions",
+    "unused",
+    "never_used",
     "frees",
     "group",
     "auto",
