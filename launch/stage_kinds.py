@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from tenko.compression.config import IpqConfig, LotteryConfig, QuantizeConfig, QuantNoiseConfig
-from tenko.nmt.config import TrainConfig
+from tenko.nmt.config import DistillConfig, TrainConfig, require
 
-NOT_INHERITED = ("keep_updates", "engine", "zero_stage")
+NOT_INHERITED = ("keep_updates", "engine", "zero_stage", "distill")
 """Keys of `train` in a later stage that take their own default, not what the stage train says."""
 
 
@@ -27,8 +27,14 @@ class QuantNoiseStage(QuantNoiseConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class IpqStage(IpqConfig):
+    distill: DistillConfig = field(default_factory=lambda: DistillConfig(weight=0.5))
+    """Knowledge distillation from the model of the stage before, which is not quantized yet."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """The training after each group; keys that are left out are those of the recipe's stage train."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.train.distill == DistillConfig(), "train.distill", "is set by distill in stage ipq")
 
 
 @dataclass(frozen=True, kw_only=True)

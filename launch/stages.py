@@ -19,6 +19,7 @@ from tenko.nmt.config import TrainConfig
 from tenko.nmt.fairseq_bridge import build_model
 
 from .rundir import StageContext
+from .stage_ipq import run_ipq
 from .stage_kinds import PretrainedConfig
 from .stage_lottery import run_lottery
 from .stage_tools import (
@@ -95,6 +96,7 @@ RUNNERS: dict[str, Callable[[StageContext], None]] = {
     "train": run_train,
     "pretrained": run_pretrained,
     "lottery": run_lottery,
+    "ipq": run_ipq,
     "quantize": run_quantize,
 }
 """What runs a stage of each kind."""

@@ -1,0 +1,116 @@
+"""The stage `ipq`: group after group becomes codes and codebooks, with a training after each, in a folder of its own.
+
+    2-ipq/group-1-ffn/    checkpoints/ metrics.jsonl, and last quantized/: codebooks, codes, and what is still dense
+    2-ipq/                artefact/ hypotheses.txt, and last result.json
+
+A group with `quantized/` is done; one without goes on from its checkpoints. How weights become codebooks, and how these
+are trained, is told in `tenko/compression/ipq.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from tenko.compression.ipq import Ipq
+from tenko.nmt import checkpoint, distributed
+from tenko.nmt.trainer import load_weights
+
+from .rundir import StageContext
+from .stage_kinds import IpqStage
+from .stage_tools import open_corpus, previous_model, start, train_model, write_and_measure
+
+QUANTIZED = "quantized"
+
+
+def run_ipq(context: StageContext) -> None:
+    """Quantize the model of the stage before iteratively; it is also the teacher."""
+    config = context.stage.config
+    assert isinstance(config, IpqStage)
+    started = time.monotonic()
+    # Trackers take one training a stage; groups have their metrics.jsonl.
+    train = dataclasses.replace(config.train, distill=config.distill, trackers=())
+    accelerator = start(context, train)
+    corpus = open_corpus(context)
+    model, model_config = previous_model(context)
+    model = model.to(accelerator.device)
+    teacher = copy.deepcopy(model) if config.distill.weight > 0 else None
+    technique = Ipq(config, seed=context.recipe.seed)
+    technique.attach(model)
+    figures = []
+    for number, group in enumerate(technique.groups, 1):
+        folder = context.directory / f"group-{number}-{_file_name(group)}"
+        title = f"{context.stage.name} {group}"
+        if _done(folder):
+            context.reporter.log(f"{title}: finished before, left alone")
+            figures.append(_load(folder / QUANTIZED, model, technique))
+            continue
+        error = technique.quantize_group(group)
+        context.reporter.log(f"{title}: k-means changed the weights by {error:.1%} of their norm")
+        trained = train_model(
+            context,
+            accelerator,
+            model,
+            corpus,
+            train,
+            folder=folder,
+            title=title,
+            seed=int(np.random.SeedSequence((context.recipe.seed, number)).generate_state(1)[0]),
+            techniques=[technique],
+            teacher=teacher,
+        )
+        figures.append({"group": group, "block": config.blocks[group], "error": error, **trained.figures()})
+        _save(folder / QUANTIZED, model, technique, figures[-1])
+    technique.bake(model)
+    if distributed.rank() == 0:
+        write_and_measure(
+            context,
+            model,
+            model_config,
+            corpus,
+            device=str(accelerator.device),
+            technique=technique,
+            started=started,
+            groups=figures,
+            valid_bleu=figures[-1]["valid_bleu"],
+            train_seconds=sum(group["train_seconds"] for group in figures),
+        )
+    distributed.barrier()
+
+
+def _file_name(group: str) -> str:
+    """A group's name or pattern as part of a folder's name; its number makes that unique."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", group).strip("-") or "all"
+
+
+def _done(folder: Path) -> bool:
+    """Whether the group is finished, as rank 0 sees it."""
+    mine = (folder / QUANTIZED / checkpoint.SUMS).is_file()
+    return bool(distributed.gather_json(mine, "cuda" if torch.cuda.is_available() else "cpu")[0])
+
+
+def _save(target: Path, model: nn.Module, technique: Ipq, figures: dict[str, Any]) -> None:
+    checkpoint.save(
+        target,
+        model_state=dict(model.named_parameters()),
+        state={"technique": technique.state_dict(), "figures": figures},
+        rank=distributed.rank(),
+        barrier=distributed.barrier,
+    )
+
+
+def _load(source: Path, model: nn.Module, technique: Ipq) -> dict[str, Any]:
+    """Put the weights and codebooks of a finished group into the model; its figures."""
+    weights, state, _ = checkpoint.load(source)
+    technique.load_state_dict(state["technique"])
+    load_weights(dict(model.named_parameters()), weights, source)
+    figures: dict[str, Any] = state["figures"]
+    return figures
