@@ -1,0 +1,53 @@
+"""Is one translation better than another, or was it luck? sacrebleu's paired bootstrap on the same test sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sacrebleu.metrics import BLEU
+from sacrebleu.significance import PairedTest
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A system against a base line on the same test set."""
+
+    bleu: float
+    """Of the system."""
+    delta: float
+    """The system's BLEU less the base line's."""
+    p: float
+    """Chance of so large a difference, either way, were both equally good; below 0.05 is called significant."""
+
+    @property
+    def significant(self) -> bool:
+        """Whether the difference is significant at 5 %."""
+        return self.p < 0.05
+
+    def __str__(self) -> str:
+        return f"{self.delta:+.2f} BLEU (p = {self.p:.3f})"
+
+
+def paired_bootstrap(
+    references: Sequence[str], baseline: Sequence[str], systems: Sequence[Sequence[str]], *, samples: int = 1000
+) -> list[Difference]:
+    """Compare each system's hypotheses with the base line's.
+
+    Args:
+        references, baseline: a sentence each, in the same order.
+        systems: hypotheses of each system, in the same order.
+        samples: resamples of the test set. Seeded by sacrebleu (12345, or SACREBLEU_SEED).
+
+    Raises:
+        ValueError: the lists differ in length, or are empty.
+
+    Source: Koehn 2004, "Statistical Significance Tests for Machine Translation Evaluation".
+    """
+    lengths = {len(lines) for lines in (references, baseline, *systems)}
+    if len(lengths) != 1 or 0 in lengths:
+        raise ValueError(f"{len(references)} references, but hypotheses of {sorted(lengths)} lines")
+    named = [("base line", list(baseline)), *((str(i), list(lines)) for i, lines in enumerate(systems))]
+    _, scores = PairedTest(named, {"BLEU": BLEU()}, [list(references)], test_type="bs", n_samples=samples)()
+    base, *others = scores["BLEU"]
+    return [Difference(result.score, result.score - base.score, result.p_value) for result in others]
