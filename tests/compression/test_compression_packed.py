@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,50 +15,10 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from safetensors import safe_open
+from packed_files import METADATA, Document, Parts, every_scheme, example, rewrite
 from torch import Tensor
 
-from tenko.compression import Int8PerChannel, QuantizeConfig, artefact_bytes, read_artefact, write_artefact
-
-METADATA = {"direction": "en-cs", "model": {"arch": "transformer", "embed_dim": 8}}
-Parts = dict[str, Tensor]
-Document = dict[str, Any]
-
-
-def example(folder: Path) -> tuple[Path, dict[str, Tensor]]:
-    """A file with an int8 weight, a tied one, a dense vector and an integer; returns it with the state written."""
-    torch.manual_seed(1)
-    model = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.Linear(6, 4, bias=False))
-    model[1].weight = model[0].weight
-    model.register_buffer("steps", torch.tensor(7))
-    technique = Int8PerChannel(QuantizeConfig())
-    technique.attach(model)
-    technique.bake(model)
-    return write_artefact(folder, model.state_dict(), metadata=METADATA, technique=technique), model.state_dict()
-
-
-def seal(parts: Parts, document: Document) -> str:
-    """The sha256 that docs/packed_file.md describes."""
-    digest = hashlib.sha256()
-    if document["format"] != 1:
-        rest = {key: value for key, value in document.items() if key != "sha256"}
-        digest.update((json.dumps(rest, sort_keys=True) + "\n").encode())
-    for name in sorted(parts):
-        part = parts[name]
-        digest.update(f"{name} {str(part.dtype).split('.')[1]} {list(part.shape)}\n".encode())
-        digest.update(part.numpy().tobytes())
-    return digest.hexdigest()
-
-
-def rewrite(file: Path, change: Callable[[Parts, Document], None], *, sealed: bool = False) -> None:
-    """Write the file anew with `change` applied to its tensors and its metadata; sealed: with their true sha256."""
-    with safe_open(str(file), "pt") as opened:
-        document = json.loads(opened.metadata()["tenko"])
-    parts = safetensors.torch.load(file.read_bytes())
-    change(parts, document)
-    if sealed:
-        document["sha256"] = seal(parts, document)
-    file.write_bytes(safetensors.torch.save(parts, {"tenko": json.dumps(document)}))
+from tenko.compression import artefact_bytes, read_artefact, write_artefact
 
 
 def test_reading_gives_back_what_was_written(tmp_path: Path) -> None:
@@ -130,6 +91,46 @@ def test_failed_writing_leaves_the_old_file_and_names_it(tmp_path: Path, monkeyp
     assert os.listdir(tmp_path) == ["model.safetensors"]
 
 
+def test_a_file_of_format_1_still_loads(tmp_path: Path) -> None:
+    """Its bytes by hand, as the first release wrote them: the sha256 leaves the document out."""
+    codes, scale, bias = bytes([1, 0xFF, 127, 0x81, 0, 2]), struct.pack("<2f", 0.5, 2.0), struct.pack("<2f", 1.5, -3.0)
+    digest = hashlib.sha256()
+    digest.update(b"b float32 [2]\n" + bias + b"w.codes int8 [2, 3]\n" + codes + b"w.scale float32 [2]\n" + scale)
+    tensors = {"b": {"scheme": "dense", "shape": [2]}, "w": {"scheme": "int8", "shape": [2, 3]}}
+    document = {"format": 1, "technique": "int8", "direction": "en-cs", "tensors": tensors, "tied": {"v": "w"}}
+    document["sha256"] = digest.hexdigest()
+    header = {
+        "__metadata__": {"tenko": json.dumps(document, sort_keys=True)},
+        "b": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
+        "w.scale": {"dtype": "F32", "shape": [2], "data_offsets": [8, 16]},
+        "w.codes": {"dtype": "I8", "shape": [2, 3], "data_offsets": [16, 22]},
+    }
+    text = json.dumps(header).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bias + scale + codes)
+    state, metadata = read_artefact(tmp_path)
+    assert state["w"].tolist() == [[0.5, -0.5, 63.5], [-254.0, 0.0, 4.0]]
+    assert state["v"] is state["w"]
+    assert state["b"].tolist() == [1.5, -3.0]
+    assert metadata == document
+
+
+def test_a_small_file_can_not_claim_a_huge_tensor(tmp_path: Path) -> None:
+    """pq with one code of 2^30 weights: every check of bytes holds, but for the bound on what a byte may mean."""
+    file, _ = example(tmp_path)
+
+    def change(parts: Parts, document: Document) -> None:
+        for part in ("codes", "scale"):
+            del parts[f"0.weight.{part}"]
+        rows = 1 << 20
+        parts["0.weight.codes"] = torch.zeros(rows // 8, dtype=torch.uint8)
+        parts["0.weight.codebook"] = torch.zeros(1, 1024)
+        document["tensors"]["0.weight"] = {"scheme": "pq", "shape": [rows, 1024]}
+
+    rewrite(file, change, sealed=True)
+    with pytest.raises(ValueError, match=r"0\.weight claims shape \[1048576, 1024\], too much for the file's size"):
+        read_artefact(tmp_path)
+
+
 def _drop(key: str) -> Callable[[Parts, Document], None]:
     return lambda parts, document: parts.__delitem__(key)
 
@@ -182,6 +183,81 @@ def test_malformed_content_is_refused_in_one_line(tmp_path: Path, case: str) -> 
     with pytest.raises(ValueError, match=message) as caught:
         read_artefact(tmp_path)
     assert str(caught.value).startswith(f"{file}: ")
+    assert "\n" not in str(caught.value)
+
+
+def _poke(key: str, value: float, place: int = 0) -> Callable[[Parts, Document], None]:
+    return lambda parts, document: parts[key].view(-1).__setitem__(place, value)
+
+
+OUT_OF_RANGE = {
+    "int8 -128": (_poke("int8.codes", -128), r"int8\.codes: holds a code out of range; int8 has -127 to 127"),
+    "nibble -8": (_poke("int4.codes", 0x18), r"int4\.codes: holds a code out of range; int4 has -7 to 7"),
+    "sparse nibble -8": (_poke("sparse_int4.codes", 0x18), r"sparse_int4\.codes: holds a code out of range"),
+    "no trits": (_poke("ternary.codes", 243), r"ternary\.codes: byte 243 holds no 5 trits"),
+    "filling of nibbles": (_poke("int4.codes", 0x10, -1), r"int4\.codes: the bits after its last value are not zero"),
+    "filling of bits": (_poke("binary.codes", 0x80, -1), r"binary\.codes: the bits after its last value are not zero"),
+    "pq code 5 of 5": (_poke("pq.codes", 0b101), r"pq\.codes: holds a code out of range; pq has 0 to 4"),
+    "pq_int8 code 7 of 5": (
+        _poke("pq_int8.codes", 7),
+        r"pq_int8\.codes: holds a code out of range; pq_int8 has 0 to 4",
+    ),
+    "scale NaN": (_poke("int8.scale", float("nan")), r"int8\.scale holds inf or NaN"),
+    "level inf": (_poke("binary.levels", float("inf")), r"binary\.levels holds inf or NaN"),
+    "centroid NaN": (_poke("pq.codebook", float("nan")), r"pq\.codebook holds inf or NaN"),
+    "scale of centroids": (_poke("pq_int8.scale", float("-inf")), r"pq_int8\.scale holds inf or NaN"),
+    "mask with one too many": (
+        lambda parts, document: parts["sparse_int8.mask"].__setitem__(0, parts["sparse_int8.mask"][0] ^ 1),
+        r"sparse_int8\.codes has shape \[\d+\], not \[\d+\]",
+    ),
+    "mask of values": (
+        lambda parts, document: parts["sparse_dense.mask"].fill_(255),
+        r"sparse_dense\.values has shape \[\d+\], not \[240\]",
+    ),
+    "short mask": (_part("sparse_int4.mask", lambda t: t[:-1]), r"sparse_int4\.mask has shape \[300\], not \[301\]"),
+    "filling of the mask": (
+        lambda parts, document: parts["sparse_ternary.mask"].copy_(_moved_up(parts["sparse_ternary.mask"])),
+        r"sparse_ternary\.mask: the bits after its last value are not zero",
+    ),
+    "mask under pq": (_entry("mask", True, "pq"), "tensor pq has a mask under pq, whose code 0 is no zero weight"),
+    "odd block": (_entry("shape", [4, 3], "pq"), r"pq\.codebook has blocks of 2, which do not divide 3 columns"),
+    "flat codebook": (_part("pq.codebook", lambda t: t.reshape(-1)), r"has shape \[10\], not \[centroids, block\]"),
+    "empty codebook": (_part("pq.codebook", lambda t: t[:0]), r"has shape \[0, 2\], not \[centroids, block\]"),
+    "dense codebook of ints": (_part("pq.codebook", lambda t: t.int()), "pq.codebook is int32, not float32 or float16"),
+    "pq_int8's scale": (_part("pq_int8.scale", lambda t: t.repeat(3)), r"scale has shape \[3\], not \[5\] or \[1\]"),
+    "levels": (_part("binary.levels", lambda t: t[:2]), r"levels has shape \[2, 2\], not \[3, 2\] or \[1, 2\]"),
+    "no dimension": (_entry("shape", [], "int4"), "int4 has no dimension, so it can't be int4"),
+    "more rows than codes": (_entry("shape", [3, 803], "int4"), r"int4\.codes has shape \[1202\], not \[1205\]"),
+}
+
+
+def _moved_up(mask: Tensor) -> Tensor:
+    """The mask with one of its bits moved to the last place, which belongs to no element."""
+    mask = mask.clone()
+    place = int(mask.nonzero()[0])
+    mask[place] &= mask[place] - 1  # the lowest bit that is set
+    mask[-1] |= 0x80
+    return mask
+
+
+@pytest.mark.parametrize("case", OUT_OF_RANGE)
+def test_wrong_values_are_refused_even_with_a_right_sha256(tmp_path: Path, case: str) -> None:
+    state, technique = every_scheme()
+    file = write_artefact(tmp_path, state, metadata=METADATA, technique=technique)
+    change, message = OUT_OF_RANGE[case]
+    rewrite(file, change, sealed=True)
+    with pytest.raises(ValueError, match=message) as caught:
+        read_artefact(tmp_path)
+    assert str(caught.value).startswith(f"{file}: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["[" * 5000 + "]" * 5000, "9" * 5000, '{"format": 2' + "0" * 5000 + "}"])
+def test_metadata_that_no_parser_likes_is_refused(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(safetensors.torch.save({"w": torch.ones(2)}, {"tenko": text}))
+    with pytest.raises(ValueError, match=r"model\.safetensors: ") as caught:
+        read_artefact(tmp_path)
     assert "\n" not in str(caught.value)
 
 
