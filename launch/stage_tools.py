@@ -36,6 +36,7 @@ from tenko.nmt.validate import Validator
 
 from .files import write_json_atomic, write_text_atomic
 from .metrics import MetricsLog
+from .recipe import Recipe
 from .rundir import ARTEFACT, CHECKPOINTS, METRICS, StageContext
 from .stage_kinds import PretrainedConfig
 
@@ -90,15 +91,20 @@ def open_corpus(context: StageContext) -> Corpus:
 
     A recipe that begins with a pretrained model takes that model's subwords.
     """
-    path, data = None, context.recipe.data
-    first = context.recipe.stages[0].config
-    if isinstance(first, PretrainedConfig) and data.subwords is None:
-        subwords = pretrained_folder(first, context.recipe.direction) / "spm.model"
-        data = dataclasses.replace(data, subwords=str(subwords))
+    path = None
     if distributed.rank() == 0:
-        path = str(prepare(data, report=context.reporter.log).path)
+        path = str(corpus_of(context.recipe, report=context.reporter.log).path)
     path = distributed.gather_json(path, "cuda" if torch.cuda.is_available() else "cpu")[0]
     return Corpus.open(Path(path))
+
+
+def corpus_of(recipe: Recipe, report: Callable[[str], None] = lambda line: None) -> Corpus:
+    """The recipe's prepared corpus, in this process alone; built if it is not there."""
+    data, first = recipe.data, recipe.stages[0].config
+    if isinstance(first, PretrainedConfig) and data.subwords is None:
+        subwords = pretrained_folder(first, recipe.direction) / "spm.model"
+        data = dataclasses.replace(data, subwords=str(subwords))
+    return prepare(data, report=report)
 
 
 def pretrained_folder(config: PretrainedConfig, direction: str) -> Path:
