@@ -1,6 +1,6 @@
 """What does `comm.route: auto` choose on which link, and is it ever slower than plain DDP?
 
-    python benchmarks/auto.py                                    # 2 hosts, four rates, the demo's model: two minutes
+    python benchmarks/auto.py                                    # 2 hosts, four rates, the small model: two minutes
     python benchmarks/auto.py --hosts 4 --rate 1gbit --model base
 
 Root and iproute2 (lab.py). On every host a plain DDP model and one with `auto` train the same replayed gradients;

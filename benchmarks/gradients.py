@@ -1,7 +1,7 @@
 """How much of a real gradient survives a thin wire? Bits, clip, block, sigma, rounding and error feedback, ablated.
 
-    python benchmarks/gradients.py --run runs/demo
-    python benchmarks/gradients.py --run runs/demo --json docs/results/gradients.json
+    python benchmarks/gradients.py --run runs/scratch
+    python benchmarks/gradients.py --run runs/scratch --json docs/results/gradients.json
 
 Batches of the run's own corpus at its newest weights stand for ranks and updates: two ranks, `--updates` updates. For
 three weights and for the whole model a table gives the squared error of what two ranks exchange, summed over the
@@ -113,7 +113,7 @@ def exchange(case: Case, gradients: list[list[Tensor]], row: int) -> tuple[Tenso
 def main() -> None:
     """Read a run's newest checkpoint, take gradients, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="a run with checkpoints")
+    parser.add_argument("--run", type=Path, default=Path("runs/scratch"), help="a run with checkpoints")
     parser.add_argument("--updates", type=int, default=16)
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()

@@ -80,7 +80,7 @@ MODELS = {
     "base": Shapes(vocabulary=32_000, dim=512, ffn=2048, layers=6),
     "small": Shapes(vocabulary=4_000, dim=128, ffn=512, layers=2),
 }
-"""Transformer-base, 60.5M parameters; the small Transformer of `recipes/demo.yaml`, 1.4M."""
+"""Transformer-base, 60.5M parameters; the small Transformer of `recipes/scratch.yaml`, 1.4M."""
 
 
 class Replay(nn.Module):

@@ -1,6 +1,6 @@
 """What do thin wires cost in BLEU? The same recipe by several routes, several seeds each.
 
-    python benchmarks/quality.py                     # recipes/demo.yaml, seeds 1 2 3, four routes: twelve runs
+    python benchmarks/quality.py                     # recipes/scratch.yaml, seeds 1 2 3, four routes: twelve runs
     python benchmarks/quality.py --set train.max_update=500 --seeds 1 2 --routes fp32 server
 
 Runs go to --runs; what is finished there is not done again. With --json, figures of earlier calls are read from that
@@ -57,7 +57,7 @@ def interval(differences: list[float]) -> tuple[float, float]:
 def main() -> None:
     """Run, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", default="demo")
+    parser.add_argument("--recipe", default="scratch")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="at most 10")
     parser.add_argument("--runs", type=Path, default=Path("runs/quality"))
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings for all runs")
