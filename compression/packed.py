@@ -49,6 +49,13 @@ class Opened:
     parts: dict[str, dict[str, Tensor]]
     """Each tensor's parts, by name and part."""
 
+    def decode(self, name: str) -> Tensor:
+        """The tensor of this name; ValueErrors as `read_artefact`."""
+        try:
+            return decode(name, self.forms[name], self.parts[name])
+        except ValueError as error:
+            raise ValueError(f"{self.file}: {shown(str(error))}") from None
+
 
 def write_artefact(
     path: Path,
@@ -116,12 +123,7 @@ def read_artefact(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             code out of range, a scale that is not finite, or damaged.
     """
     opened = open_artefact(path)
-    state: dict[str, Tensor] = {}
-    for name, form in opened.forms.items():
-        try:
-            state[name] = decode(name, form, opened.parts[name])
-        except ValueError as error:
-            raise ValueError(f"{opened.file}: {shown(str(error))}") from None
+    state = {name: opened.decode(name) for name in opened.forms}
     for alias, name in opened.document["tied"].items():
         state[alias] = state[name]
     return state, opened.document

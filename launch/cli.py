@@ -175,6 +175,29 @@ def export(
     commands.export(run_dir, out, format.value, stage)
 
 
+@app.command(short_help="What a model file holds, in bytes.")
+def inspect(
+    path: Annotated[
+        Path | None, typer.Argument(metavar="FILE", help="Model file or artefact folder.", show_default=False)
+    ] = None,
+    run_dir: Annotated[
+        Path | None, typer.Option("--run", metavar="DIR", help="Run directory, in place of FILE.", show_default=False)
+    ] = None,
+    stage: Stage = None,
+    every: Annotated[bool, typer.Option("--all", help="A row for every tensor; layers are grouped without.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+) -> None:
+    """The tensors of a model file: scheme, shape, bits an element, and bytes that add up to the file's size.
+
+    \b
+    tenko inspect --run runs/demo
+    tenko inspect runs/demo/2-quantize/artefact/model.safetensors --all
+    """
+    from .inspect_command import inspect as show
+
+    show(path, run_dir, stage, all_tensors=every, as_json=json)
+
+
 @app.command(short_help="Write report.html anew.")
 def report(
     run_dir: Annotated[Path, typer.Argument(metavar="DIR", help="Run directory, finished or not.")],
