@@ -56,7 +56,8 @@ class QuantNoise:
     """
 
     def __init__(self, config: QuantizeConfig, seed: int = 0) -> None:
-        self.config, self.seed, self.name = config, seed, config.scheme
+        self.config, self.seed = config, seed
+        self.name: str = config.scheme
         noise = config if isinstance(config, QuantNoiseConfig) else QuantNoiseConfig(p=1.0)
         self.p, self.block_size = noise.p, noise.block_size
         self.quantizer = make_quantizer(config)

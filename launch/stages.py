@@ -12,8 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-from tenko.compression import Int8PerChannel, read_artefact
-from tenko.compression.config import QuantizeConfig
+from tenko.compression import read_artefact
 from tenko.nmt import distributed
 from tenko.nmt.config import TrainConfig
 from tenko.nmt.fairseq_bridge import build_model
@@ -22,7 +21,9 @@ from .rundir import StageContext
 from .stage_ipq import run_ipq
 from .stage_kinds import PretrainedConfig
 from .stage_lottery import run_lottery
+from .stage_noise import run_quant_noise, run_quantize
 from .stage_tools import (
+    check_patterns,
     measure,
     open_corpus,
     pretrained_folder,
@@ -48,6 +49,7 @@ def run_train(context: StageContext) -> None:
         model, model_config = previous_model(context)
         if config.distill.weight > 0:
             teacher = previous_model(context)[0].to(accelerator.device)
+    check_patterns(context, model)
     model = model.to(accelerator.device)
     trained = train_model(context, accelerator, model, corpus, config, teacher=teacher)
     if distributed.rank() == 0:
@@ -76,26 +78,11 @@ def run_pretrained(context: StageContext) -> None:
     distributed.barrier()
 
 
-def run_quantize(context: StageContext) -> None:
-    """Quantize the weights of the stage before; rank 0 works, there is nothing to share."""
-    config = context.stage.config
-    assert isinstance(config, QuantizeConfig)
-    started = time.monotonic()
-    start(context)  # makes the process group, when a resumed run begins here
-    corpus = open_corpus(context)
-    if distributed.rank() == 0:
-        model, model_config = previous_model(context)
-        technique = Int8PerChannel(config)
-        technique.attach(model)
-        technique.bake(model)
-        write_and_measure(context, model, model_config, corpus, technique=technique, started=started)
-    distributed.barrier()
-
-
 RUNNERS: dict[str, Callable[[StageContext], None]] = {
     "train": run_train,
     "pretrained": run_pretrained,
     "lottery": run_lottery,
+    "quant_noise": run_quant_noise,
     "ipq": run_ipq,
     "quantize": run_quantize,
 }

@@ -1,0 +1,94 @@
+"""The stages `quant_noise` and `quantize`: weights made small by a scheme, with training under noise and without.
+
+quant_noise finetunes the model of the stage before with a fraction of its weights quantized, and then quantizes them
+all; p = 1 is quantization-aware training. With the schemes pq and pq_int8 the artefact stays dense, for a stage of
+product quantization to follow. What a lottery before has pruned stays pruned.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+
+from torch import nn
+
+from tenko.compression import QuantizeConfig, QuantNoise, QuantNoiseConfig, Technique, activation_ranges
+from tenko.compression.masks import Masks, PrunedWeights
+from tenko.compression.pq import PostTrainingPq
+from tenko.compression.pq_noise import PqNoise
+from tenko.nmt import distributed
+
+from .rundir import StageContext
+from .stage_kinds import QuantNoiseStage
+from .stage_tools import open_corpus, previous_model, start, train_model, write_and_measure
+
+
+def run_quant_noise(context: StageContext) -> None:
+    """Train under quantization noise, then quantize; the model of the stage before may be the teacher."""
+    config = context.stage.config
+    assert isinstance(config, QuantNoiseStage)
+    started = time.monotonic()
+    accelerator = start(context, config.train)
+    corpus = open_corpus(context)
+    model, model_config = previous_model(context)
+    model = model.to(accelerator.device)
+    teacher = copy.deepcopy(model) if config.train.distill.weight > 0 else None
+    technique = _noise(config, context.recipe.seed)
+    pruned = _pruned(context, model)
+    techniques: list[Technique] = [*pruned, technique]  # masks first: they go on the plain weights
+    for each in techniques:
+        each.attach(model)
+    trained = train_model(context, accelerator, model, corpus, config.train, techniques=techniques, teacher=teacher)
+    ranges = activation_ranges(technique) if isinstance(technique, QuantNoise) else {}
+    for each in reversed(techniques):
+        each.bake(model)
+    if distributed.rank() == 0:
+        write_and_measure(
+            context,
+            model,
+            model_config,
+            corpus,
+            device=str(accelerator.device),
+            technique=technique,
+            metadata={"activations": ranges} if ranges else None,
+            started=started,
+            scheme=config.scheme,
+            p=config.p,
+            **trained.figures(),
+        )
+    distributed.barrier()
+
+
+def run_quantize(context: StageContext) -> None:
+    """Quantize the weights of the stage before; rank 0 works, there is nothing to share."""
+    config = context.stage.config
+    assert isinstance(config, QuantizeConfig)
+    started = time.monotonic()
+    start(context)  # makes the process group, when a resumed run begins here
+    corpus = open_corpus(context)
+    if distributed.rank() == 0:
+        model, model_config = previous_model(context)
+        technique: Technique
+        if config.scheme in ("pq", "pq_int8"):
+            technique = PostTrainingPq(config, seed=context.recipe.seed)
+        else:
+            technique = QuantNoise(config)
+        technique.attach(model)
+        technique.bake(model)
+        write_and_measure(
+            context, model, model_config, corpus, technique=technique, started=started, scheme=config.scheme
+        )
+    distributed.barrier()
+
+
+def _noise(config: QuantNoiseConfig, seed: int) -> QuantNoise | PqNoise:
+    return PqNoise(config, seed=seed) if config.scheme in ("pq", "pq_int8") else QuantNoise(config, seed)
+
+
+def _pruned(context: StageContext, model: nn.Module) -> list[Technique]:
+    """What keeps pruned weights at zero, if a lottery has pruned the model. Other models may hold zeros by chance."""
+    names = [stage.name for stage in context.recipe.stages]
+    before = context.recipe.stages[: names.index(context.stage.name)]
+    if not any(stage.kind == "lottery" for stage in before):
+        return []
+    return [PrunedWeights(Masks.of_zeros(model))]
