@@ -105,7 +105,9 @@ def write_artefact(
     document = json.loads(json.dumps(document))  # as it will be read: its digest is taken of that
     document["sha256"] = _digest(stored, document)
     elements = sum(form.elements for form in forms.values())
-    return write_container(path, stored, json.dumps(document, sort_keys=True), elements=elements, zstd=zstd)
+    return write_container(
+        path, stored, json.dumps(document, sort_keys=True, separators=(",", ":")), elements=elements, zstd=zstd
+    )
 
 
 def read_artefact(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -1,0 +1,96 @@
+"""`tenko inspect`: a table that fits 100 columns and adds up, JSON that says the same, one line for what is wrong."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from packed_files import METADATA, every_scheme
+
+from tenko.compression import write_artefact
+from tenko.launch import cli
+
+
+def tenko(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(list(arguments))
+    output = capsys.readouterr()
+    assert isinstance(caught.value.code, int)
+    return caught.value.code, output.out, output.err
+
+
+@pytest.fixture(params=[None, 3], ids=["plain", "zstd"])
+def file(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A file with every scheme, and some layers."""
+    state, technique = every_scheme()
+    for layer in range(12):
+        state[f"decoder.layers.{layer}.encoder_attn.out_proj.weight"] = torch.randn(8, 8)
+    return write_artefact(tmp_path, state, metadata=METADATA, technique=technique, zstd=request.param)
+
+
+def byte_column(table: str) -> list[int]:
+    return [int(line.split()[-1].replace(",", "")) for line in table.splitlines() if re.search(r"\s-?[\d,]+$", line)]
+
+
+@pytest.mark.parametrize("every", [False, True])
+def test_the_table_adds_up_to_the_files_size(capsys: pytest.CaptureFixture[str], file: Path, every: bool) -> None:
+    code, out, err = tenko(capsys, "inspect", str(file), *(["--all"] if every else []))
+    assert (code, err) == (0, "")
+    assert max(map(len, out.splitlines()[1:])) <= 100
+    *parts, total = byte_column(out)
+    assert sum(parts) == total == file.stat().st_size
+    assert ("zstd" in out.split("header")[1]) == (file.suffix == ".zst")
+    assert out.count("encoder_attn.out_proj.weight") == (12 if every else 1)
+    assert ("decoder.layers.*.encoder_attn" in out) is not every
+    assert "ternary + mask" in out
+    assert "technique given, direction en-cs" in " ".join(out.split())
+    assert "times as many" in out
+
+
+def test_json_says_the_same(capsys: pytest.CaptureFixture[str], file: Path) -> None:
+    code, out, _ = tenko(capsys, "inspect", str(file.parent), "--json")
+    assert code == 0
+    document = json.loads(out)
+    assert document["file"] == str(file)
+    assert document["file_bytes"] == file.stat().st_size
+    counted = sum(tensor["bytes"] for tensor in document["tensors"])
+    assert counted + document["header_bytes"] + document["zstd_bytes"] == document["file_bytes"]
+    by_name = {tensor["name"]: tensor for tensor in document["tensors"]}
+    assert by_name["int4"] == {
+        "name": "int4",
+        "scheme": "int4",
+        "shape": [3, 801],
+        "elements": 2403,
+        "bytes": 1214,
+        "bits": 8 * 1214 / 2403,
+        "fp32_bytes": 4 * 2403,
+        "tied": ["tied"],
+    }
+    assert document["metadata"] == {**METADATA, "technique": "given"}
+
+
+def test_names_out_of_a_file_do_not_steer_the_terminal(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    write_artefact(tmp_path, {"[red]w\x1b[31m": torch.ones(2)}, metadata={"direction": "\x1b]0;x\x07"})
+    code, out, _ = tenko(capsys, "inspect", str(tmp_path))
+    assert code == 0
+    assert "\x1b" not in out
+    assert "[red]w\\x1b[31m" in out
+
+
+def test_bad_usage_and_bad_files_are_one_line_and_exit_2(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"no model")
+    for arguments, message in (
+        ((), "give a model file or an artefact's folder, or a run directory with --run"),
+        ((str(tmp_path), "--run", str(tmp_path)), "give a model file or an artefact's folder, or a run directory"),
+        ((str(tmp_path), "--stage", "train"), "--stage: names a stage of a run; give the run directory with --run"),
+        ((str(tmp_path / "nix"),), "model.safetensors: missing"),
+        ((str(tmp_path),), "model.safetensors: damaged or not a safetensors file"),
+        (("--run", str(tmp_path / "nix")), "nix: does not exist"),
+    ):
+        code, out, err = tenko(capsys, "inspect", *arguments)
+        assert (code, out) == (2, "")
+        assert message in err
+        assert len(err.splitlines()) == 1
