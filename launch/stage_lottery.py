@@ -34,7 +34,7 @@ from tenko.nmt.trainer import Trainer, load_weights
 from .files import read_json, write_json_atomic
 from .lottery_report import ROW, write_plots
 from .rundir import ARTEFACT, CHECKPOINTS, RESULT, RunDirectory, StageContext
-from .stage_tools import HYPOTHESES, open_corpus, read_model, start, train_model, write_and_measure
+from .stage_tools import HYPOTHESES, check_patterns, open_corpus, read_model, start, train_model, write_and_measure
 
 MASKS = "masks.safetensors"
 
@@ -49,6 +49,7 @@ def run_lottery(context: StageContext) -> None:
     corpus = open_corpus(context)
     stage.check()
     model, _ = read_model(stage.dense / ARTEFACT)
+    check_patterns(context, model)
     masks = Masks.ones(prunable(model, config.include, config.exclude, embeddings=config.embeddings))
     trained = stage.dense
     for this in lottery.rounds(config):

@@ -22,7 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from tenko.comm import Route, make_route, register
-from tenko.compression import Technique, artefact_bytes, read_artefact, write_artefact
+from tenko.compression import Technique, artefact_bytes, read_artefact, select_weights, write_artefact
+from tenko.compression.config import LotteryConfig
+from tenko.compression.pruning import prunable
 from tenko.nmt import checkpoint, distributed
 from tenko.nmt.batches import UpdateStream
 from tenko.nmt.config import DecodeConfig, ModelConfig, TrainConfig
@@ -137,6 +139,24 @@ def previous_model(context: StageContext) -> tuple[nn.Module, ModelConfig]:
     assert context.previous is not None, "the recipe checks that this stage follows another"
     context.reporter.log(f"{context.stage.name}: from {context.previous}")
     return read_model(context.previous / ARTEFACT)
+
+
+def check_patterns(context: StageContext, model: nn.Module) -> None:
+    """Hold the patterns of this stage and of those after it to the model, before anything is trained.
+
+    Raises:
+        ValueError: one matches no weight; names stage and key.
+    """
+    stages = context.recipe.stages
+    for spec in stages[stages.index(context.stage) :]:
+        config: Any = spec.config
+        try:
+            if isinstance(config, LotteryConfig):
+                prunable(model, config.include, config.exclude, embeddings=config.embeddings)
+            elif hasattr(config, "include"):
+                select_weights(model, config.include, config.exclude)
+        except ValueError as error:
+            raise ValueError(f"{spec.name}.{error}") from None
 
 
 def decode_config(context: StageContext) -> DecodeConfig:
