@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tenko.compression.packed import FILE, read_artefact
+from tenko.compression.packed import artefact_file, read_artefact
 
 from .config import DIRECTIONS, ModelConfig
 from .subwords import Subwords
@@ -80,29 +80,30 @@ def _load(folder: Path) -> tuple[dict[str, Tensor], str, str, dict[str, Any]]:
 
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such artefact folder")
-    for name in (FILE, DICTIONARY, SUBWORDS):
+    file = artefact_file(folder)
+    for name in (DICTIONARY, SUBWORDS):
         if not (folder / name).is_file():
-            raise ValueError(f"{folder / name}: missing; an artefact has {FILE}, {DICTIONARY} and {SUBWORDS}")
+            raise ValueError(f"{folder / name}: missing; an artefact has {file.name}, {DICTIONARY} and {SUBWORDS}")
     state, metadata = read_artefact(folder)
     direction = metadata.get("direction")
     if direction not in DIRECTIONS:
-        raise ValueError(f"{folder / FILE}: unknown direction {direction!r}; valid are {', '.join(DIRECTIONS)}")
+        raise ValueError(f"{file}: unknown direction {direction!r}; valid are {', '.join(DIRECTIONS)}")
     try:
         config = ModelConfig(**metadata["model"])
         args = model_args(config)
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder / FILE}: its metadata describes no model ({error})") from None
+        raise ValueError(f"{file}: its metadata describes no model ({error})") from None
     pieces, symbols = Subwords(folder / SUBWORDS).pieces(), load_dictionary(folder / DICTIONARY).symbols
     if pieces != symbols:
         raise ValueError(f"{folder / DICTIONARY}: its {len(symbols)} entries are not the {len(pieces)} of {SUBWORDS}")
     expected = build_model(config, folder / DICTIONARY).state_dict()
     for name in sorted(expected.keys() ^ state.keys()):
         kind = "misses" if name in expected else "has an unknown"
-        raise ValueError(f"{folder / FILE}: {kind} tensor {name}, so it is not the model of its metadata")
+        raise ValueError(f"{file}: {kind} tensor {name}, so it is not the model of its metadata")
     for name, tensor in expected.items():
         if tensor.shape != state[name].shape:
             shapes = f"{list(state[name].shape)}, not {list(tensor.shape)}"
-            raise ValueError(f"{folder / FILE}: tensor {name} has shape {shapes} (its metadata and {DICTIONARY})")
+            raise ValueError(f"{file}: tensor {name} has shape {shapes} (its metadata and {DICTIONARY})")
     source, target = direction.split("-")
     return state, source, target, args
 
