@@ -128,7 +128,7 @@ def _lottery_problem(config: LotteryConfig, before: Sequence[Spec]) -> tuple[str
     if config.rewind_to not in train.keep_updates and config.control != "reinit":
         return "rewind_to", f"update {config.rewind_to} is not among {dense.name}.keep_updates: {kept}"
     if config.rewind_to >= train.max_update:
-        return "rewind_to", f"must be below {dense.name}.max_update ({train.max_update}), is {config.rewind_to}"
+        return "rewind_to", f"must be below max_update ({train.max_update}), is {config.rewind_to}"
     if train.engine != "ddp":
         return "", f"needs {dense.name}.engine: ddp, is {train.engine}"
     if config.masks_of:

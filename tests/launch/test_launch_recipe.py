@@ -186,8 +186,8 @@ def test_a_later_training_inherits_what_the_stage_train_says() -> None:
 @pytest.mark.parametrize(
     ("stages", "message"),
     [
-        ("[lottery]", "lottery: must follow train, is first"),
-        ("[pretrained, lottery]", "lottery: must follow train, follows pretrained"),
+        ("[lottery]", "lottery: must follow train or lottery, is first"),
+        ("[pretrained, lottery]", "lottery: must follow train or lottery, follows pretrained"),
         ("[train, lottery]", "lottery.rewind_to: update 0 is not among train.keep_updates: none"),
         (
             "[train: {keep_updates: [0, 5], max_update: 9}, lottery: {rewind_to: 4}]",
