@@ -11,13 +11,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .activations import activation_ranges, attach_activations
     from .config import QuantizeConfig, QuantNoiseConfig
-    from .int8 import Int8PerChannel
     from .noise import QuantNoise
     from .packed import artefact_bytes, read_artefact, write_artefact
     from .technique import Packed, Technique, select_weights
 
 __all__ = [
-    "Int8PerChannel",
     "Packed",
     "QuantNoise",
     "QuantNoiseConfig",
@@ -32,7 +30,6 @@ __all__ = [
 ]
 
 _HOME = {
-    "Int8PerChannel": "int8",
     "QuantNoise": "noise",
     "QuantNoiseConfig": "config",
     "QuantizeConfig": "config",

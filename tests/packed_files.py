@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from tenko.compression import Int8PerChannel, Packed, QuantizeConfig, write_artefact
+from tenko.compression import Packed, QuantizeConfig, QuantNoise, write_artefact
 from tenko.compression.layout import LINEAR
 from tenko.compression.schemes import decode_binary, decode_pq, dequantize
 
@@ -28,7 +28,7 @@ def example(folder: Path) -> tuple[Path, dict[str, Tensor]]:
     model = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.Linear(6, 4, bias=False))
     model[1].weight = model[0].weight
     model.register_buffer("steps", torch.tensor(7))
-    technique = Int8PerChannel(QuantizeConfig())
+    technique = QuantNoise(QuantizeConfig())
     technique.attach(model)
     technique.bake(model)
     return write_artefact(folder, model.state_dict(), metadata=METADATA, technique=technique), model.state_dict()

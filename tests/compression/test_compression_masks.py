@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tenko.compression import Int8PerChannel, QuantizeConfig, Technique
+from tenko.compression import QuantizeConfig, QuantNoise, Technique
 from tenko.compression.masks import Masks, PrunedWeights
 from tenko.compression.pruning import keep_largest, magnitude, prunable, prune, random_masks, remaining_count
 
@@ -280,7 +280,7 @@ def test_stacks_with_a_parametrization_on_the_same_weights(model: Tied) -> None:
     masks = half(model)
     pruned = PrunedWeights(masks)
     pruned.attach(model)
-    int8 = Int8PerChannel(QuantizeConfig())
+    int8 = QuantNoise(QuantizeConfig())
     int8.attach(model)
     steps = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
     model(TOKENS).square().mean().backward()

@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from safetensors import safe_open
 
-from tenko.compression import Int8PerChannel, QuantizeConfig, read_artefact, write_artefact
+from tenko.compression import QuantizeConfig, QuantNoise, read_artefact, write_artefact
 from tenko.nmt.config import DecodeConfig, ModelConfig
 from tenko.nmt.export import export_fairseq
 from tenko.nmt.fairseq_bridge import Beam, ModelWithLoss, build_model, collate
@@ -73,7 +73,7 @@ def artefact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         optimizer.step()
     technique = None
     if "int8" in request.param:
-        technique = Int8PerChannel(QuantizeConfig())
+        technique = QuantNoise(QuantizeConfig())
         technique.attach(model)
         technique.bake(model)
     metadata = {"direction": "en-cs", "model": {"arch": "transformer", **model_fields}}

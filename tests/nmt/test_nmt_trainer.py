@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from toy_training import differing, snapshot, toy_model, toy_trainer, validations
 
-from tenko.compression import Int8PerChannel, QuantizeConfig
-from tenko.compression.int8 import dequantize_rows, quantize_rows
+from tenko.compression import QuantizeConfig, QuantNoise
+from tenko.compression.scalar import Linear, decode
 from tenko.nmt import checkpoint, precision
 from tenko.nmt.corpus import Corpus
 from tenko.nmt.fairseq_bridge import ModelWithLoss
@@ -381,7 +381,7 @@ def test_dropout_is_new_for_each_update_and_rank_and_the_same_once_more(
 
 def test_training_through_int8_bakes_to_the_model_that_was_trained(small_corpus: Corpus, tmp_path: Path) -> None:
     model = toy_model(small_corpus)
-    technique = Int8PerChannel(QuantizeConfig())
+    technique = QuantNoise(QuantizeConfig())
     technique.attach(model)
     trainer = toy_trainer(small_corpus, tmp_path, model=model, techniques=[technique], max_update=5)
     stored = "encoder.layers.0.fc1.parametrizations.weight.original"
@@ -389,8 +389,7 @@ def test_training_through_int8_bakes_to_the_model_that_was_trained(small_corpus:
     trainer.run(validate=validations(1.0))
     trained = trainer.parameters[stored].detach().clone()
     assert not torch.equal(trained, before), "gradients go straight through to the stored weight"
-    codes, scale = quantize_rows(trained)
-    assert torch.equal(model.encoder.layers[0].fc1.weight, dequantize_rows(codes, scale))
+    assert torch.equal(model.encoder.layers[0].fc1.weight, decode(Linear().quantize(trained)))
     assert not torch.equal(model.encoder.layers[0].fc1.weight, trained)
 
     sample = trainer.stream.update(1).samples[0]
@@ -403,7 +402,7 @@ def test_training_through_int8_bakes_to_the_model_that_was_trained(small_corpus:
     assert "encoder.layers.0.fc1.weight" in dict(model.named_parameters())
 
     resumed = toy_model(small_corpus)
-    other = Int8PerChannel(QuantizeConfig())
+    other = QuantNoise(QuantizeConfig())
     other.attach(resumed)
     again = toy_trainer(small_corpus, tmp_path, model=resumed, techniques=[other], max_update=5)
     assert again.resume()
