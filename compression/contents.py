@@ -22,8 +22,8 @@ class Row:
     """The tensor's; `*` stands for a layer's number in a group's."""
     scheme: str
     """A dense tensor's is its dtype; `+ mask` where only the elements that are not zero are stored."""
-    shape: tuple[int, ...]
-    """Of one tensor, as it is read back."""
+    shape: tuple[int, ...] | None
+    """Of one tensor, as it is read back; None for a group of several shapes."""
     tensors: int = 1
     """How many."""
     elements: int
@@ -116,27 +116,36 @@ def read_contents(path: Path) -> Contents:
 
 
 def grouped(rows: Iterable[Row]) -> list[Row]:
-    """Rows of the same name but for numbers (of layers), and of the same scheme and shape, as one row each."""
+    """As few rows with the same sums.
+
+    One row for all tensors whose names differ in numbers only (of layers) and which have one scheme and one shape; one,
+    at the end, for all biases, norms and other tensors of fewer than two dimensions of a scheme.
+    """
     groups: dict[Any, list[Row]] = {}
-    for row in rows:
-        groups.setdefault((_NUMBER.sub("*", row.name), row.scheme, row.shape), []).append(row)
-    return [
-        group[0]
-        if len(group) == 1
-        else Row(
-            name=name,
-            scheme=scheme,
-            shape=shape,
-            tensors=len(group),
-            elements=sum(row.elements for row in group),
-            bytes=sum(row.bytes for row in group),
-            fp32_bytes=sum(row.fp32_bytes for row in group),
-            tied=tuple(alias for row in group for alias in row.tied),
-        )
-        for (name, scheme, shape), group in groups.items()
-    ]
+    for row in sorted(rows, key=_is_vector):
+        key = (VECTORS, row.scheme) if _is_vector(row) else (_NUMBER.sub("*", row.name), row.scheme, row.shape)
+        groups.setdefault(key, []).append(row)
+    return [group[0] if len(group) == 1 else _joined(key[0], group) for key, group in groups.items()]
 
 
+def _is_vector(row: Row) -> bool:
+    return row.shape is not None and len(row.shape) < 2
+
+
+def _joined(name: str, group: list[Row]) -> Row:
+    return Row(
+        name=name,
+        scheme=group[0].scheme,
+        shape=group[0].shape if len({row.shape for row in group}) == 1 else None,
+        tensors=sum(row.tensors for row in group),
+        elements=sum(row.elements for row in group),
+        bytes=sum(row.bytes for row in group),
+        fp32_bytes=sum(row.fp32_bytes for row in group),
+        tied=tuple(alias for row in group for alias in row.tied),
+    )
+
+
+VECTORS = "(biases, norms, other vectors)"
 _STRUCTURE = ("format", "tensors", "tied", "sha256")
 _SHORTER = {torch.float32: "fp32", torch.float16: "fp16"}
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")

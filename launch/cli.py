@@ -184,7 +184,7 @@ def inspect(
         Path | None, typer.Option("--run", metavar="DIR", help="Run directory, in place of FILE.", show_default=False)
     ] = None,
     stage: Stage = None,
-    every: Annotated[bool, typer.Option("--all", help="A row for every tensor; layers are grouped without.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="A row for every tensor, not one for layers alike.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
     """The tensors of a model file: scheme, shape, bits an element, and bytes that add up to the file's size.

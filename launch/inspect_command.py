@@ -27,7 +27,7 @@ def inspect(path: Path | None, run_dir: Path | None, stage: str | None, *, all_t
     Args:
         path: the file or the artefact's folder; None takes the artefact of a run.
         run_dir, stage: the run, and the stage's name, None for the last finished one.
-        all_tensors: a row for every tensor, not one for all layers' alike.
+        all_tensors: a row for every tensor, not one for all that are alike (`grouped`).
         as_json: one JSON object in place of the table, always with every tensor.
 
     Raises:
@@ -86,7 +86,7 @@ def _table(contents: Contents, rows: list[Row]) -> Table:
         table.add_column(title, justify="right", no_wrap=True)
     for row in rows:
         tied = f" (tied: {len(row.tied)})" if row.tied else ""
-        shape = "x".join(map(str, row.shape)) or "1"
+        shape = "" if row.shape is None else "x".join(map(str, row.shape)) or "1"
         name = Text(_plain(row.name) + tied)
         table.add_row(name, row.scheme, str(row.tensors), shape, f"{row.bits:.2f}", f"{row.bytes:,}")
     table.add_row("header", "", "", "", "", f"{contents.header_bytes:,}")

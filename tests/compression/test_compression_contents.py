@@ -11,7 +11,7 @@ from packed_files import METADATA, Given, every_scheme
 from torch import Tensor
 
 from tenko.compression import Packed, artefact_bytes, read_artefact, write_artefact
-from tenko.compression.contents import grouped, read_contents
+from tenko.compression.contents import VECTORS, grouped, read_contents
 from tenko.compression.layout import LINEAR, SCHEMES
 from tenko.compression.schemes import decode_pq, dequantize
 
@@ -47,14 +47,14 @@ def test_bytes_add_up_to_the_files_size(tmp_path: Path, zstd: int | None) -> Non
 
 def test_layers_alike_are_grouped_and_lose_no_byte(tmp_path: Path) -> None:
     state = {f"decoder.layers.{i}.fc1.weight": torch.randn(4, 6) for i in range(3)}
-    state |= {"decoder.layers.3.fc1.weight": torch.randn(4, 7), "0.weight": torch.randn(2), "1.weight": torch.randn(2)}
+    state |= {"decoder.layers.3.fc1.weight": torch.randn(4, 7), "0.bias": torch.randn(2), "1.bias": torch.randn(3)}
     write_artefact(tmp_path, state, metadata={})
     rows = read_contents(tmp_path).rows
     groups = grouped(rows)
     assert [(row.name, row.shape, row.tensors, row.bytes) for row in groups] == [
-        ("*.weight", (2,), 2, 16),
         ("decoder.layers.*.fc1.weight", (4, 6), 3, 288),
         ("decoder.layers.3.fc1.weight", (4, 7), 1, 112),
+        (VECTORS, None, 2, 20),
     ]
     assert sum(row.elements for row in groups) == sum(row.elements for row in rows)
     assert sum(row.fp32_bytes for row in groups) == sum(row.fp32_bytes for row in rows)
