@@ -50,4 +50,6 @@ def paired_bootstrap(
     named = [("base line", list(baseline)), *((str(i), list(lines)) for i, lines in enumerate(systems))]
     _, scores = PairedTest(named, {"BLEU": BLEU()}, [list(references)], test_type="bs", n_samples=samples)()
     base, *others = scores["BLEU"]
-    return [Difference(result.score, result.score - base.score, result.p_value) for result in others]
+    # sacrebleu counts the resamples that differ by more: equal translations have none, and would be called different.
+    ps = [result.p_value if result.score != base.score else 1.0 for result in others]
+    return [Difference(r.score, r.score - base.score, p) for r, p in zip(others, ps, strict=True)]

@@ -51,6 +51,13 @@ def test_a_clear_difference_is_significant_and_a_shuffle_of_faults_is_not() -> N
     assert str(worse).startswith("-")
 
 
+def test_equal_translations_are_not_different() -> None:
+    references = ["a file is in use by another process", "the file could not be opened"]
+    baseline = ["the file is in use", "a file could not be opened"]
+    (same,) = paired_bootstrap(references, baseline, [list(baseline)])
+    assert (same.delta, same.p, same.significant) == (0.0, 1.0, False)
+
+
 def test_lists_of_other_lengths_are_refused() -> None:
     with pytest.raises(ValueError, match="2 references, but hypotheses of"):
         paired_bootstrap(["a", "b"], ["a", "b"], [["a"]])
