@@ -51,7 +51,7 @@ def test_some_recipe_explains_every_key() -> None:
     loaded = [yaml.safe_load(path.read_text()) for path in folder.glob("*.yaml")]
     stages: dict[str, list[set[str]]] = {kind: [] for kind in STAGE_CONFIGS}
     for document in loaded:
-        for stage in document["stages"]:
+        for stage in (item if isinstance(item, dict) else {item: {}} for item in document["stages"]):
             for kind in stage.keys() & stages.keys():
                 stages[kind].append(set(stage[kind] or {}))
     sections = {
