@@ -10,13 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .activations import activation_ranges, attach_activations
-    from .config import QuantizeConfig, QuantNoiseConfig
+    from .config import LotteryConfig, QuantizeConfig, QuantNoiseConfig
+    from .masks import Masks, PrunedWeights
     from .noise import QuantNoise
     from .packed import artefact_bytes, read_artefact, write_artefact
     from .technique import Packed, Technique, select_weights
 
 __all__ = [
+    "LotteryConfig",
+    "Masks",
     "Packed",
+    "PrunedWeights",
     "QuantNoise",
     "QuantNoiseConfig",
     "QuantizeConfig",
@@ -30,6 +34,9 @@ __all__ = [
 ]
 
 _HOME = {
+    "LotteryConfig": "config",
+    "Masks": "masks",
+    "PrunedWeights": "masks",
     "QuantNoise": "noise",
     "QuantNoiseConfig": "config",
     "QuantizeConfig": "config",
