@@ -100,6 +100,10 @@ class QuantNoiseConfig(QuantizeConfig):
             raise ValueError(f"p: must be above 0 and at most 1, is {self.p}")
         if self.block_size < 1:
             raise ValueError(f"block_size: must be at least 1, is {self.block_size}")
+        if self.scheme.startswith("pq") and self.block_size != 1:
+            raise ValueError(f"block_size: is for the other schemes; {self.scheme} takes its blocks from pq.blocks")
+        if self.scheme.startswith("pq") and self.activations:
+            raise ValueError(f"activations: must be false with scheme {self.scheme}; valid with the other schemes")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay: must be at least 0 and below 1, is {self.ema_decay}")
 

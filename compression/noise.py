@@ -47,6 +47,27 @@ def make_quantizer(config: QuantizeConfig) -> Quantizer:
             return TwoMeans(config.granularity)
 
 
+def select_noisy(model: nn.Module, config: QuantizeConfig) -> list[Weight]:
+    """The weights that the recipe's scalar scheme is for, in the model's order; reads no values.
+
+    Raises:
+        ValueError: a pattern matches no weight, the block does not divide a weight's columns, or activations are to be
+            quantized and none of the matched weights is a linear layer's.
+    """
+    selected = select_weights(model, config.include, config.exclude)
+    if isinstance(config, QuantNoiseConfig):
+        for weight in selected:
+            columns = weight.tensor[0].numel()
+            if columns % config.block_size:
+                raise ValueError(
+                    f"block_size: must divide the columns of every weight, is {config.block_size}; "
+                    f"{weight.name} has {columns}"
+                )
+        if config.activations:
+            linear_modules(model, selected)
+    return selected
+
+
 class QuantNoise:
     """The technique of `QuantNoiseConfig`, and with p = 1 that of `QuantizeConfig`.
 
@@ -72,18 +93,10 @@ class QuantNoise:
         """Parametrize the matched weights, of a model on its device.
 
         Raises:
-            ValueError: a pattern matches no weight, the block does not divide a weight's columns, or activations are
-                to be quantized and none of the matched weights is a linear layer's.
+            ValueError: see `select_noisy`.
         """
         assert not self._attached, "attached already"
-        selected = select_weights(model, self.config.include, self.config.exclude)
-        for weight in selected:
-            columns = weight.tensor[0].numel()
-            if columns % self.block_size:
-                raise ValueError(
-                    f"block_size: must divide the columns of every weight, is {self.block_size}; "
-                    f"{weight.name} has {columns}"
-                )
+        selected = select_noisy(model, self.config)
         if self.ranges is not None:
             self.ranges.attach(model, linear_modules(model, selected))
         self._attached = selected

@@ -131,6 +131,10 @@ def loads(text: str, label: str, overrides: tuple[str, ...] | list[str] = ()) ->
         message = "owners of shards keep Adam's moments, which a lottery can't mask; set moments: zero in the lottery"
         problems.add(root.keys.get("comm", root.place), "comm.route", message)
         problems.check()
+    if served and any(s.kind == "quant_noise" and getattr(s.config, "scheme", "") == "lat" for s in stages):
+        message = "owners of shards keep Adam's moments, which scheme: lat weights errors by; take scheme: ternary"
+        problems.add(root.keys.get("comm", root.place), "comm.route", message)
+        problems.check()
     head = {key: getattr(recipe, key) for key in _TOP_KEYS if key != "stages"}
     return Recipe(**head, stages=stages)
 

@@ -20,7 +20,7 @@ from tenko.nmt import distributed
 
 from .rundir import StageContext
 from .stage_kinds import QuantNoiseStage
-from .stage_tools import open_corpus, previous_model, start, train_model, write_and_measure
+from .stage_tools import check_patterns, open_corpus, previous_model, start, train_model, write_and_measure
 
 
 def run_quant_noise(context: StageContext) -> None:
@@ -31,6 +31,7 @@ def run_quant_noise(context: StageContext) -> None:
     accelerator = start(context, config.train)
     corpus = open_corpus(context)
     model, model_config = previous_model(context)
+    check_patterns(context, model)
     model = model.to(accelerator.device)
     teacher = copy.deepcopy(model) if config.train.distill.weight > 0 else None
     technique = _noise(config, context.recipe.seed)

@@ -22,8 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from tenko.comm import Route, make_route, register
-from tenko.compression import Technique, artefact_bytes, read_artefact, select_weights, write_artefact
-from tenko.compression.config import LotteryConfig
+from tenko.compression import Technique, artefact_bytes, read_artefact, write_artefact
+from tenko.compression.config import IpqConfig, LotteryConfig, QuantizeConfig
+from tenko.compression.noise import select_noisy
+from tenko.compression.pq import select_blocks
 from tenko.compression.pruning import prunable
 from tenko.nmt import checkpoint, distributed
 from tenko.nmt.batches import UpdateStream
@@ -145,7 +147,7 @@ def check_patterns(context: StageContext, model: nn.Module) -> None:
     """Hold the patterns of this stage and of those after it to the model, before anything is trained.
 
     Raises:
-        ValueError: one matches no weight; names stage and key.
+        ValueError: one matches no weight, or a block divides no weight's columns; names stage and key.
     """
     stages = context.recipe.stages
     for spec in stages[stages.index(context.stage) :]:
@@ -153,8 +155,12 @@ def check_patterns(context: StageContext, model: nn.Module) -> None:
         try:
             if isinstance(config, LotteryConfig):
                 prunable(model, config.include, config.exclude, embeddings=config.embeddings)
-            elif hasattr(config, "include"):
-                select_weights(model, config.include, config.exclude)
+            elif isinstance(config, IpqConfig):
+                select_blocks(model, config.include, config.exclude, config.blocks)
+            elif isinstance(config, QuantizeConfig) and config.scheme in ("pq", "pq_int8"):
+                select_blocks(model, config.include, config.exclude, config.pq.blocks)
+            elif isinstance(config, QuantizeConfig):
+                select_noisy(model, config)
         except ValueError as error:
             raise ValueError(f"{spec.name}.{error}") from None
 

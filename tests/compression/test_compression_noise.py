@@ -284,6 +284,8 @@ def test_a_block_that_does_not_divide_is_an_error_that_names_the_weight(model: T
         ({"p": math.nan}, "p"),
         ({"block_size": 0}, "block_size"),
         ({"ema_decay": 1.0}, "ema_decay"),
+        ({"scheme": "pq", "activations": True}, "activations"),
+        ({"scheme": "pq_int8", "block_size": 8}, "block_size"),
         ({"scheme": "ternary", "clip": "mse"}, "clip"),
         ({"include": ()}, "include"),
     ],
