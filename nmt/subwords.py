@@ -19,6 +19,8 @@ from .clean import LONGEST_PIECE, normalise
 
 BOS, PAD, EOS, UNK = 0, 1, 2, 3
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
+MAX_SOURCE_TOKENS = 1000
+"""Longer sentences are cut before they are translated: sinusoidal positions end at 1,024."""
 
 # A character coverage below 1 keeps stray scripts out of the vocabulary. These stay however rare they are, and so do
 # the most frequent characters of any kind, up to an eighth of the vocabulary.

@@ -1,4 +1,7 @@
-"""Translate text with an artefact read from disk; the folder holds all that it takes."""
+"""Translate text with an artefact read from disk by fairseq's beam search; the folder holds all that it takes.
+
+`ctranslate2_engine.py` does the same several times faster on a CPU; `engines.py` chooses.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from tenko.compression import read_artefact
+from tenko.compression import attach_activations, read_artefact
 
 from .batches import to_device
 from .config import DecodeConfig, ModelConfig
 from .fairseq_bridge import EOS, Beam, batch_by_tokens, build_model, collate
-from .subwords import Subwords
-
-MAX_SOURCE_TOKENS = 1000
-"""Longer sentences are cut: sinusoidal positions end at 1,024."""
+from .subwords import MAX_SOURCE_TOKENS, Subwords
 
 
 class Translator:
@@ -65,6 +65,11 @@ class Translator:
             raise ValueError(
                 f"{artefact}: weights do not fit the model ({str(error).splitlines()[-1].strip()})"
             ) from None
+        if metadata.get("activations"):  # trained with 8-bit inputs: translate with them
+            try:
+                attach_activations(model, metadata["activations"])
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise ValueError(f"{artefact}: its ranges of activations do not fit the model ({error})") from None
         return cls(model.to(device), subwords, artefact / "dict.txt", direction)
 
     def translate(
