@@ -20,7 +20,9 @@ from .spawn import last_update, limit_threads, raise_on_signals, run_workers
 from .summary import samples_lines, stage_table
 
 if TYPE_CHECKING:
-    from tenko.nmt.translate import Translator
+    from tenko.nmt.engines import Engine
+
+    from .models import Chosen
 
 CHUNK = 1 << 16
 """Bytes of stdin translated at once at most; what a terminal or a slow pipe has ready is translated at once."""
@@ -103,31 +105,42 @@ def _print_outcome(state: RunDirectory) -> None:
     print(f"\nReport: {state.path / REPORT}")
 
 
-def decode_config(recipe: Recipe, beam: int | None) -> DecodeConfig:
+def decode_config(recipe: Recipe | None, beam: int | None) -> DecodeConfig:
     """Beam search as the recipe trains with, `beam` over it."""
-    configs = [spec.config.decode for spec in recipe.stages if isinstance(spec.config, TrainConfig)]
+    configs = [spec.config.decode for spec in recipe.stages if isinstance(spec.config, TrainConfig)] if recipe else []
     base = configs[0] if configs else DecodeConfig()
     return base if beam is None else dataclasses.replace(base, beam=beam)
 
 
-def _translator(run_dir: Path, stage: str | None, threads: int | None, device: str) -> tuple[Translator, Recipe]:
-    state = RunDirectory.read(run_dir)
-    artefact = state.artefact(stage)
-    limit_threads(threads or 0, 1)
+def _engine(chosen: Chosen, engine: str | None, threads: int | None, device: str) -> Engine:
+    from tenko.nmt import engines
+
     logging.disable(logging.INFO)
-    import torch
+    engine = engines.choose(chosen.folder, engine, device)
+    if engine == "fairseq":
+        limit_threads(threads or 0, 1)
+        import torch
 
-    from tenko.nmt.translate import Translator
-
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device: cuda is not available here; valid: cpu")
-    return Translator.load(artefact, threads=threads, device=device), state.recipe
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device: cuda is not available here; valid: cpu")
+    return engines.load(chosen.folder, engine=engine, threads=threads, device=device, cache=chosen.cache)
 
 
-def translate(run_dir: Path, stage: str | None, beam: int | None, threads: int | None, device: str) -> None:
+def translate(
+    model: str | None,
+    run_dir: Path | None,
+    stage: str | None,
+    beam: int | None,
+    threads: int | None,
+    engine: str | None,
+    device: str,
+) -> None:
     """`tenko translate`: stdin to stdout, a chunk of lines at a time."""
-    translator, recipe = _translator(run_dir, stage, threads, device)
-    decode = decode_config(recipe, beam)
+    from .models import choose
+
+    chosen = choose(model, run_dir, stage)
+    translator = _engine(chosen, engine, threads, device)
+    decode = decode_config(chosen.recipe, beam)
     for lines in read_chunks(sys.stdin.buffer):
         for line in translator.translate(lines, decode=decode):
             sys.stdout.buffer.write(line.encode("utf-8") + b"\n")
@@ -162,11 +175,13 @@ def read_chunks(stream: BinaryIO) -> Iterator[list[str]]:
 
 
 def evaluate(
-    run_dir: Path,
+    model: str | None,
+    run_dir: Path | None,
     test: Path,
     stage: str | None,
     beam: int | None,
     threads: int | None,
+    engine: str | None,
     device: str,
     *,
     as_json: bool,
@@ -174,23 +189,27 @@ def evaluate(
     """`tenko evaluate`: scores on a TSV of English and Czech."""
     from tenko.nmt.text_io import read_pairs, source_files
 
+    from .models import choose
+
     if str(test) == "embedded":
         raise ValueError("--test: give a TSV file")
     pairs = list(read_pairs(source_files(str(test), "--test")))
     if not pairs:
         raise ValueError(f"--test: {test} is empty")
-    translator, recipe = _translator(run_dir, stage, threads, device)
+    chosen = choose(model, run_dir, stage)
+    # An artefact's figure is that of its own weights, unless another program is asked for.
+    engine = engine or ("fairseq" if chosen.is_artefact else "ctranslate2")
+    translator = _engine(chosen, engine, threads, device)
     from tenko.nmt.evaluate import evaluate as score
 
     from .progress import Reporter
 
     english, czech = [list(side) for side in zip(*pairs, strict=True)]
     sources, references = (english, czech) if translator.direction == "en-cs" else (czech, english)
+    decode = decode_config(chosen.recipe, beam)
     with Reporter(enabled=not as_json and sys.stdout.isatty()) as reporter:
         reporter.start(f"translating {test.name}", len(sources))
-        scores = score(
-            translator, sources, references, decode_config(recipe, beam), lambda done, total: reporter.advance(done)
-        )
+        scores = score(translator, sources, references, decode, lambda done, total: reporter.advance(done))
     figures = {
         "bleu": scores.bleu,
         "chrf": scores.chrf,
@@ -199,26 +218,57 @@ def evaluate(
         "bleu_signature": scores.bleu_signature,
         "chrf_signature": scores.chrf_signature,
         "direction": translator.direction,
-        "stage": RunDirectory.read(run_dir).find_stage(stage).name.partition("-")[2],
+        "engine": engine,
+        "stage": chosen.stage,
     }
     if as_json:
         print(json.dumps(figures, ensure_ascii=False))
         return
     print(f"BLEU {scores.bleu:.2f}  {scores.bleu_signature}")
     print(f"chrF {scores.chrf:.2f}  {scores.chrf_signature}")
-    print(f"{scores.sentences:,} sentences, {scores.tokens_per_second:,.0f} tokens/s, {translator.direction}")
+    print(f"{scores.sentences:,} sentences, {scores.tokens_per_second:,.0f} tokens/s, {translator.direction}, {engine}")
 
 
-def export(run_dir: Path, out: Path, format: str, stage: str | None) -> None:
+def export(
+    model: str | None,
+    run_dir: Path | None,
+    out: Path,
+    format: str,
+    quantization: str | None,
+    stage: str | None,
+    *,
+    vocabulary_map: bool,
+) -> None:
     """`tenko export`: write the artefact for another program and print where."""
-    artefact = RunDirectory.read(run_dir).artefact(stage)
+    from .models import choose
+
+    chosen = choose(model, run_dir, stage)
+    if not chosen.is_artefact:
+        raise ValueError(f"{chosen.folder}: is exported already; give an artefact")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out: {out} exists and is not an empty folder; choose another")
-    assert format == "fairseq", format
     logging.disable(logging.INFO)
-    from tenko.nmt.export import export_fairseq
+    if format == "fairseq":
+        for name, given in (("--quantization", quantization), ("--vocabulary-map", vocabulary_map)):
+            if given:
+                raise ValueError(f"{name}: needs --format ctranslate2")
+        from tenko.nmt.export import export_fairseq
 
-    print(export_fairseq(artefact, out))
+        print(export_fairseq(chosen.folder, out))
+        return
+    from tenko.nmt.ctranslate2_model import export_ctranslate2
+
+    mapped = None
+    if vocabulary_map:
+        if chosen.recipe is None:
+            raise ValueError("--vocabulary-map: needs --run, whose corpus it is estimated from")
+        from tenko.nmt.vocabulary_map import vocabulary_map as estimate
+
+        from .stage_tools import corpus_of
+
+        corpus = corpus_of(chosen.recipe, lambda line: print(line, file=sys.stderr))
+        mapped = estimate(corpus.split("train"), chosen.recipe.direction, corpus.vocab_size)
+    print(export_ctranslate2(chosen.folder, out, quantization=quantization or "int8", vocabulary_map=mapped))
 
 
 def report(run_dir: Path) -> None:

@@ -11,7 +11,7 @@ from sacrebleu.metrics import BLEU, CHRF
 
 if TYPE_CHECKING:
     from .config import DecodeConfig
-    from .translate import Translator
+    from .engines import Engine
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def corpus_chrf(hypotheses: Sequence[str], references: Sequence[str]) -> Metric:
 
 
 def evaluate(
-    translator: Translator,
+    translator: Engine,
     sources: Sequence[str],
     references: Sequence[str],
     decode: DecodeConfig,

@@ -241,7 +241,8 @@ def test_translate_keeps_order_and_empty_lines(whole: tuple[Path, Done]) -> None
     samples = result(whole[0], "2-quantize")["samples"]
     sources = [sample["source"] for sample in samples]
     lines = [sources[2], "", sources[0], "  ", sources[1], sources[2]]
-    done = tenko("translate", "--run", whole[0], stdin="\n".join(lines).encode())  # a last line needs no end
+    text = "\n".join(lines).encode()  # a last line needs no end
+    done = tenko("translate", "--run", whole[0], "--engine", "fairseq", stdin=text)
     assert (done.code, done.errors) == (0, [])
     by_source = {sample["source"]: sample["hypothesis"] for sample in samples}
     assert done.out.split("\n") == [*[by_source.get(line, "") for line in lines], ""]

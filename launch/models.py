@@ -1,0 +1,64 @@
+"""Which model a command is given: one that ships with tenko, a folder, or a stage of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tenko.nmt import pretrained
+from tenko.nmt.ctranslate2_engine import CARD
+from tenko.nmt.engines import user_cache
+
+from .recipe import Recipe
+from .rundir import CONFIG, RunDirectory
+
+_ARTEFACT = "model.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """A model to translate with."""
+
+    folder: Path
+    """An artefact's folder, or that of an exported CTranslate2 model."""
+    recipe: Recipe | None
+    """Of the run; None without one."""
+    stage: str | None
+    """The stage's name; None without a run."""
+    cache: Path | None
+    """Where to keep it converted; None for its own folder."""
+
+    @property
+    def is_artefact(self) -> bool:
+        """Whether it is an artefact; else it is exported already."""
+        return not (self.folder / CARD).is_file()
+
+
+def choose(model: str | None, run_dir: Path | None, stage: str | None) -> Chosen:
+    """The model that a command's MODEL, or --run and --stage, mean.
+
+    Raises:
+        ValueError: neither or both are given, or there is no such model; names what is valid.
+    """
+    shipped = pretrained.pretrained()
+    if (model is None) == (run_dir is None):
+        names = " or ".join(shipped) or "a folder"
+        what = "both are given" if model else "neither is given"
+        raise ValueError(f"give MODEL ({names}, for instance) or --run DIR: {what}")
+    if run_dir is not None:
+        state = RunDirectory.read(run_dir)
+        artefact = state.artefact(stage)
+        name = state.find_stage(stage).name.partition("-")[2]
+        return Chosen(folder=artefact, recipe=state.recipe, stage=name, cache=None)
+    assert model is not None
+    if stage is not None:
+        raise ValueError("--stage: needs --run; a MODEL has no stages")
+    if model in shipped:
+        return Chosen(folder=pretrained.path(model), recipe=None, stage=None, cache=user_cache())
+    folder = Path(model)
+    if (folder / CARD).is_file() or any(folder.glob(f"{_ARTEFACT}*")):
+        return Chosen(folder=folder, recipe=None, stage=None, cache=None)
+    if (folder / CONFIG).is_file():
+        raise ValueError(f"{model}: is a run directory; give it as --run {model}")
+    valid = ", ".join([*shipped, "the folder of an artefact or of a CTranslate2 model"])
+    raise ValueError(f"{model}: no such model; valid: {valid}")
