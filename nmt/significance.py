@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sacrebleu.metrics import BLEU
-from sacrebleu.significance import PairedTest
+from sacrebleu.significance import PairedTest, Result
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def paired_bootstrap(
         raise ValueError(f"{len(references)} references, but hypotheses of {sorted(lengths)} lines")
     named = [("base line", list(baseline)), *((str(i), list(lines)) for i, lines in enumerate(systems))]
     _, scores = PairedTest(named, {"BLEU": BLEU()}, [list(references)], test_type="bs", n_samples=samples)()
-    base, *others = scores["BLEU"]
+    base, *others = (result for result in scores["BLEU"] if isinstance(result, Result))
     # sacrebleu counts the resamples that differ by more: equal translations have none, and would be called different.
-    ps = [result.p_value if result.score != base.score else 1.0 for result in others]
+    ps = [1.0 if result.score == base.score else result.p_value or 0.0 for result in others]
     return [Difference(r.score, r.score - base.score, p) for r, p in zip(others, ps, strict=True)]
