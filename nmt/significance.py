@@ -47,9 +47,16 @@ def paired_bootstrap(
     lengths = {len(lines) for lines in (references, baseline, *systems)}
     if len(lengths) != 1 or 0 in lengths:
         raise ValueError(f"{len(references)} references, but hypotheses of {sorted(lengths)} lines")
-    named = [("base line", list(baseline)), *((str(i), list(lines)) for i, lines in enumerate(systems))]
+    named: list[tuple[str, Sequence[str]]] = [
+        ("base line", list(baseline)),
+        *((str(i), list(lines)) for i, lines in enumerate(systems)),
+    ]
     _, scores = PairedTest(named, {"BLEU": BLEU()}, [list(references)], test_type="bs", n_samples=samples)()
     base, *others = (result for result in scores["BLEU"] if isinstance(result, Result))
     # sacrebleu counts the resamples that differ by more: equal translations have none, and would be called different.
-    ps = [1.0 if result.score == base.score else result.p_value or 0.0 for result in others]
-    return [Difference(r.score, r.score - base.score, p) for r, p in zip(others, ps, strict=True)]
+    found = []
+    for result in others:
+        assert result.p_value is not None, "only the base line has none"
+        p = 1.0 if result.score == base.score else result.p_value
+        found.append(Difference(result.score, result.score - base.score, p))
+    return found
