@@ -40,7 +40,7 @@ class Blocks:
 
 
 def select_blocks(
-    model: nn.Module, include: Sequence[str], exclude: Sequence[str], sizes: dict[str, int]
+    model: nn.Module, include: Sequence[str], exclude: Sequence[str], sizes: dict[str, int], key: str = "blocks"
 ) -> list[Blocks]:
     """The weights to quantize with their block sizes, in the model's order; reads no values.
 
@@ -48,6 +48,7 @@ def select_blocks(
         model: not parametrized yet.
         include, exclude: see `select_weights`.
         sizes: `PqConfig.blocks`.
+        key: names it in messages.
 
     Raises:
         ValueError: a pattern or group matches nothing, a selected weight is in no group, or a size does not divide the
@@ -58,7 +59,7 @@ def select_blocks(
     for group in sizes:
         if not any(name_matches(weight, PQ_GROUPS.get(group, (group,))) for weight in found):
             valid = f"{', '.join(PQ_GROUPS)} or a shell pattern of a weight's name: {some_names(found)}"
-            raise ValueError(f"blocks: {group!r} matches no weight; valid is {valid}")
+            raise ValueError(f"{key}: {group!r} matches no weight; valid is {valid}")
     grouped = [
         (weight, next((group for group in sizes if name_matches(weight, PQ_GROUPS.get(group, (group,)))), None))
         for weight in selected
@@ -66,7 +67,7 @@ def select_blocks(
     without = [weight for weight, group in grouped if group is None]
     if without:
         have = ", ".join(sizes)
-        raise ValueError(f"blocks: {have} have no size for {some_names(without)}; add a group, or exclude them")
+        raise ValueError(f"{key}: {have} have no size for {some_names(without)}; add a group, or exclude them")
     blocks = [Blocks(weight, sizes[group], group) for weight, group in grouped if group is not None]
     for item in blocks:
         rows = item.weight.tensor.shape[0]
@@ -74,7 +75,7 @@ def select_blocks(
         if columns % item.block:
             possible = ", ".join(str(n) for n in range(1, columns + 1) if columns % n == 0)
             raise ValueError(
-                f"blocks: {item.group} is {item.block}, which does not divide the {columns} columns of "
+                f"{key}: {item.group} is {item.block}, which does not divide the {columns} columns of "
                 f"{item.weight.name}; possible are {possible}"
             )
     return blocks
@@ -234,7 +235,8 @@ class PostTrainingPq:
 
     def attach(self, model: nn.Module) -> None:
         assert not self._attached, "attached already"
-        self._attached = select_blocks(model, self.config.include, self.config.exclude, self.config.pq.blocks)
+        config = self.config
+        self._attached = select_blocks(model, config.include, config.exclude, config.pq.blocks, "pq.blocks")
 
     def before_update(self, update: int) -> None:
         """Nothing: weights are quantized once, in `bake`."""

@@ -52,7 +52,7 @@ class PqNoise:
         """
         assert not self._attached, "attached already"
         config = self.config
-        self._attached = select_blocks(model, config.include, config.exclude, config.pq.blocks)
+        self._attached = select_blocks(model, config.include, config.exclude, config.pq.blocks, "pq.blocks")
         for position, item in enumerate(self._attached):
             self._readers.append(NoisyBlocks(self, item, position))
             parametrize_weight(item.weight, self._readers[-1])

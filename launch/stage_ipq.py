@@ -26,7 +26,7 @@ from tenko.nmt.trainer import load_weights
 
 from .rundir import StageContext
 from .stage_kinds import IpqStage
-from .stage_tools import open_corpus, previous_model, start, train_model, write_and_measure
+from .stage_tools import check_patterns, open_corpus, previous_model, start, train_model, write_and_measure
 
 QUANTIZED = "quantized"
 
@@ -41,6 +41,7 @@ def run_ipq(context: StageContext) -> None:
     accelerator = start(context, train)
     corpus = open_corpus(context)
     model, model_config = previous_model(context)
+    check_patterns(context, model)
     model = model.to(accelerator.device)
     teacher = copy.deepcopy(model) if config.distill.weight > 0 else None
     technique = Ipq(config, seed=context.recipe.seed)
@@ -79,7 +80,10 @@ def run_ipq(context: StageContext) -> None:
             device=str(accelerator.device),
             technique=technique,
             started=started,
+            scheme=config.scheme,
             groups=figures,
+            updates=sum(group["updates"] for group in figures),
+            precision=figures[-1]["precision"],
             valid_bleu=figures[-1]["valid_bleu"],
             train_seconds=sum(group["train_seconds"] for group in figures),
         )

@@ -32,6 +32,7 @@ from tenko.nmt.batches import UpdateStream
 from tenko.nmt.config import DecodeConfig, ModelConfig, TrainConfig
 from tenko.nmt.corpus import Corpus
 from tenko.nmt.deepspeed_engine import ZeroEngine, plugin
+from tenko.nmt.engines import Engine
 from tenko.nmt.fairseq_bridge import build_model
 from tenko.nmt.prepare import prepare
 from tenko.nmt.trainer import Trainer, load_weights
@@ -158,7 +159,7 @@ def check_patterns(context: StageContext, model: nn.Module) -> None:
             elif isinstance(config, IpqConfig):
                 select_blocks(model, config.include, config.exclude, config.blocks)
             elif isinstance(config, QuantizeConfig) and config.scheme in ("pq", "pq_int8"):
-                select_blocks(model, config.include, config.exclude, config.pq.blocks)
+                select_blocks(model, config.include, config.exclude, config.pq.blocks, "pq.blocks")
             elif isinstance(config, QuantizeConfig):
                 select_noisy(model, config)
         except ValueError as error:
@@ -405,6 +406,7 @@ def measure(
     title: str | None = None,
     device: str = "cpu",
     started: float | None = None,
+    engine: Engine | None = None,
     **figures: Any,
 ) -> dict[str, Any]:
     """Read an artefact back, translate the test split with it, and write result.json last; rank 0 alone.
@@ -416,7 +418,8 @@ def measure(
         title: of the progress bar; the stage's name by default.
         device: where to translate.
         started: `time.monotonic()` of when the work began, for the result's seconds.
-        figures: more for the result; what is None is left out.
+        engine: translates; fairseq's beam search with the artefact by default.
+        figures: more for the result, and over what is found here; what is None is left out.
 
     Returns:
         the result.
@@ -424,7 +427,7 @@ def measure(
     from tenko.nmt.evaluate import evaluate
 
     folder, title = folder or context.directory, title or context.stage.name
-    translator = Translator.load(folder / ARTEFACT, device=device)
+    translator = engine or Translator.load(folder / ARTEFACT, device=device)
     source, target = (("en", "cs").index(lang) for lang in translator.direction.split("-"))
     texts, decode, reporter = corpus.text("test"), decode_config(context), context.reporter
     reporter.start(f"{title}: translating the test split", len(texts[source]))
@@ -444,8 +447,7 @@ def measure(
         "sentences": scores.sentences,
         "tokens_per_second": scores.tokens_per_second,
         "threads": torch.get_num_threads(),
-        "artefact_bytes": artefact_bytes(folder / ARTEFACT),
-        "parameters": sum(p.numel() for p in translator.model.parameters()),
+        **_size(folder / ARTEFACT, translator),
         "samples": [
             {"source": s, "reference": r, "hypothesis": h}
             for (s, r, h), _ in zip(samples, range(SAMPLES), strict=False)
@@ -454,6 +456,15 @@ def measure(
     }
     write_json_atomic(folder / context.result_path.name, result)
     return result
+
+
+def _size(artefact: Path, translator: Engine) -> dict[str, int]:
+    if not isinstance(translator, Translator):  # another program's files
+        return {}
+    return {
+        "artefact_bytes": artefact_bytes(artefact),
+        "parameters": sum(p.numel() for p in translator.model.parameters()),
+    }
 
 
 def _write_artefact(

@@ -212,14 +212,14 @@ def test_the_first_group_that_matches_gives_the_block(small_corpus: Corpus) -> N
     [
         (
             {"ffn": 8, "embedding": 8, "attention": 5},
-            r"blocks: attention is 5, which does not divide the 16 columns of "
+            r"pq\.blocks: attention is 5, which does not divide the 16 columns of "
             r"encoder\.layers\.0\.self_attn\.\w_proj\.weight; possible are 1, 2, 4, 8, 16",
         ),
         (
             {"ffn": 8, "embedding": 8},
-            r"blocks: ffn, embedding have no size for .*_proj\.weight.* and 6 more; add a group.*",
+            r"pq\.blocks: ffn, embedding have no size for .*_proj\.weight.* and 6 more; add a group.*",
         ),
-        ({"fnn": 8}, r"blocks: 'fnn' matches no weight; valid is ffn, embedding, attention or a shell pattern .*"),
+        ({"fnn": 8}, r"pq\.blocks: 'fnn' matches no weight; valid is ffn, embedding, attention or a shell pattern .*"),
     ],
 )
 def test_bad_blocks_are_one_line_with_the_valid_choices(
