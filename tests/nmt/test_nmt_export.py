@@ -8,76 +8,36 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import ctranslate2
-import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from safetensors import safe_open
+from sentence_model import PAIRS, UNSEEN, ids, write_sentence_model
 
-from tenko.compression import QuantizeConfig, QuantNoise, read_artefact, write_artefact
+from tenko.compression import read_artefact, write_artefact
 from tenko.nmt.config import DecodeConfig, ModelConfig
 from tenko.nmt.export import export_fairseq
-from tenko.nmt.fairseq_bridge import Beam, ModelWithLoss, build_model, collate
-from tenko.nmt.subwords import EOS, Subwords, train_subwords
+from tenko.nmt.fairseq_bridge import Beam, build_model, collate
+from tenko.nmt.subwords import Subwords
 
 BIN = Path(sys.executable).parent
 BEAM = DecodeConfig(beam=4)
-VERBS = {"sees": "vidí", "has": "má", "wants": "chce", "draws": "kreslí", "buys": "kupuje"}
-THINGS = {"a house": "dům", "a tree": "strom", "a castle": "hrad", "the bread": "chléb", "an old table": "starý stůl"}
-WHO = {"Jane": "Jana", "my brother": "můj bratr", "the young teacher": "mladý učitel", "nobody": "nikdo"}
-PAIRS = [
-    (f"{who} {verb} {thing}.", f"{WHO[who]} {VERBS[verb]} {THINGS[thing]}.")
-    for who in WHO
-    for verb in VERBS
-    for thing in THINGS
-]
-UNSEEN = [i for i in range(len(PAIRS)) if i % 7 == 3]
-
-
-def ids(subwords: Subwords, text: str) -> np.ndarray:
-    return np.array([*subwords.encode(text), EOS])
 
 
 @pytest.fixture(scope="module", params=["post-norm, tied, int8", "pre-norm, untied, fp32"])
 def artefact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small model trained on 86 of 100 sentences, for seconds, as an artefact."""
     folder = tmp_path_factory.mktemp("artefact")
-    tied = "untied" not in request.param
-    subwords = train_subwords(lambda: (side for pair in PAIRS for side in pair), folder / "spm.model", vocab_size=110)
-    subwords.write_dictionary(folder / "dict.txt")
-    model_fields = {
-        "encoder_layers": 1,
-        "decoder_layers": 1,
-        "embed_dim": 32,
-        "ffn_dim": 64,
-        "attention_heads": 2,
-        "dropout": 0.0,
-        "normalize_before": "pre-norm" in request.param,
-        "share_all_embeddings": tied,
-        "extra": {} if tied else {"activation_fn": "gelu"},
-    }
-    torch.manual_seed(1)
-    model = build_model(ModelConfig(**model_fields), folder / "dict.txt")
-    with_loss = ModelWithLoss(model, 0.1)
-    optimizer = torch.optim.Adam(model.parameters(), lr=4e-3)
-    seen = [i for i in range(len(PAIRS)) if i not in UNSEEN]
-    batches = [
-        collate([(i, ids(subwords, PAIRS[i][0]), ids(subwords, PAIRS[i][1])) for i in seen[k::3]]) for k in range(3)
-    ]
-    for update in range(150):
-        sample = batches[update % 3]
-        optimizer.zero_grad()
-        (with_loss(sample)[0] / sample["ntokens"]).backward()
-        optimizer.step()
-    technique = None
-    if "int8" in request.param:
-        technique = QuantNoise(QuantizeConfig())
-        technique.attach(model)
-        technique.bake(model)
-    metadata = {"direction": "en-cs", "model": {"arch": "transformer", **model_fields}}
-    write_artefact(folder, model.state_dict(), metadata=metadata, technique=technique)
+    untied: dict[str, Any] = {"share_all_embeddings": False, "extra": {"activation_fn": "gelu"}}
+    write_sentence_model(
+        folder,
+        int8="int8" in request.param,
+        normalize_before="pre-norm" in request.param,
+        **(untied if "untied" in request.param else {}),
+    )
     return folder
 
 

@@ -1,0 +1,360 @@
+"""CTranslate2: the same hypotheses as fairseq's search in fp32, and nearly so in int8; refusals; the cache."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import ctranslate2
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from sentence_model import PAIRS, UNSEEN, write_sentence_model
+from toy_training import toy_config, toy_model
+
+from tenko.compression import read_artefact, write_artefact
+from tenko.nmt import engines
+from tenko.nmt.config import DecodeConfig
+from tenko.nmt.corpus import Corpus
+from tenko.nmt.ctranslate2_engine import CARD, CTranslate2Translator
+from tenko.nmt.ctranslate2_model import export_ctranslate2
+from tenko.nmt.evaluate import corpus_bleu
+from tenko.nmt.export import export_fairseq
+from tenko.nmt.subwords import Subwords
+from tenko.nmt.translate import Translator
+from tenko.nmt.vocabulary_map import FILE, VMAP, VocabularyMap, vocabulary_map
+
+# What was seen, what was not, and what makes the model guess.
+LINES = [
+    *[PAIRS[i][0] for i in range(0, len(PAIRS), 3)],
+    *[PAIRS[i][0] for i in UNSEEN],
+    "house my Jane a a sees.",
+    "bread",
+    "Nobody wants the old castle, my young brother draws a tree and has an old table.",
+    "",
+    "   ",
+    "ξ sees ξ.",
+]
+MODELS: dict[str, dict[str, Any]] = {
+    "post-norm, tied": {},
+    "pre-norm, untied, gelu, 2 + 1 layers": {
+        "normalize_before": True,
+        "share_all_embeddings": False,
+        "encoder_layers": 2,
+        "extra": {"activation_fn": "gelu"},
+    },
+    "learned positions, norms of embeddings": {
+        "extra": {"encoder_learned_pos": True, "decoder_learned_pos": True, "layernorm_embedding": True},
+    },
+    "embeddings not scaled, heads by the architecture": {
+        "arch": "transformer_iwslt_de_en",
+        "attention_heads": None,
+        "extra": {"no_scale_embedding": True},
+    },
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def artefact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("artefact")
+    write_sentence_model(folder, int8=False, updates=70, **MODELS[request.param])
+    return folder
+
+
+@pytest.fixture
+def own_artefact(tmp_path: Path, plain: Path) -> Path:
+    return Path(shutil.copytree(plain, tmp_path / "own"))
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("plain")
+    write_sentence_model(folder, int8=True)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(engines.CACHE, str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize(("beam", "penalty"), [(1, 1.0), (4, 1.0), (4, 0.5), (5, 1.8)])
+def test_fp32_gives_fairseqs_hypotheses(artefact: Path, tmp_path: Path, beam: int, penalty: float) -> None:
+    fairseq = Translator.load(artefact)
+    ours = CTranslate2Translator(export_ctranslate2(artefact, tmp_path / "ct2", quantization="fp32"), threads=1)
+    decode = DecodeConfig(beam=beam, length_penalty=penalty)
+    wanted = fairseq.translate(LINES, decode=decode)
+    assert len(set(wanted)) > 25
+    assert ours.translate(LINES, decode=decode) == wanted
+    assert (ours.direction, ours.tokens_produced) == (fairseq.direction, fairseq.tokens_produced)
+
+
+def test_the_length_penalty_changes_hypotheses(plain: Path, tmp_path: Path) -> None:
+    ours = CTranslate2Translator(export_ctranslate2(plain, tmp_path / "ct2", quantization="fp32"), threads=1)
+    short, long = (ours.translate(LINES, decode=DecodeConfig(length_penalty=p)) for p in (-2.0, 4.0))
+    assert sum(map(len, short)) < sum(map(len, long))
+
+
+def test_the_model_is_the_one_of_ctranslate2s_own_converter(artefact: Path, tmp_path: Path) -> None:
+    export_fairseq(artefact, tmp_path / "fairseq")
+    theirs = ctranslate2.converters.FairseqConverter(str(tmp_path / "fairseq" / "model.pt"), str(tmp_path / "fairseq"))
+    for name, quantization in (("int8", "int8"), ("int16", "int16"), ("fp32", "float32")):
+        ours = export_ctranslate2(artefact, tmp_path / f"ours-{name}", quantization=name)
+        theirs.convert(str(tmp_path / f"theirs-{name}"), quantization=quantization)
+        for file in ("model.bin", "config.json", "shared_vocabulary.json"):
+            assert (ours / file).read_bytes() == (tmp_path / f"theirs-{name}" / file).read_bytes(), file
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int16"])
+def test_fewer_bits_translate_nearly_as_well(plain: Path, tmp_path: Path, quantization: str) -> None:
+    ours = CTranslate2Translator(export_ctranslate2(plain, tmp_path / "ct2", quantization=quantization), threads=1)
+    sources, references = zip(*PAIRS, strict=True)
+    fairseq = corpus_bleu(Translator.load(plain).translate(sources), references).score
+    assert fairseq > 60
+    assert corpus_bleu(ours.translate(sources), references).score > fairseq - 3
+
+
+def test_int8_artefacts_keep_their_codes(plain: Path, tmp_path: Path) -> None:
+    """CTranslate2 quantizes the decoded weights anew, and finds the codes that the artefact has."""
+    written = (export_ctranslate2(plain, tmp_path / "ct2") / "model.bin").read_bytes()
+    parts = safetensors.torch.load((plain / "model.safetensors").read_bytes())
+    for name in ("encoder.embed_tokens.weight", "decoder.layers.0.fc1.weight", "decoder.layers.0.fc2.weight"):
+        codes = parts[f"{name}.codes"]
+        assert codes.dtype == torch.int8
+        assert codes.numpy().tobytes() in written
+
+
+def test_a_translation_without_end_is_cut_where_fairseq_cuts_it(small_corpus: Corpus, tmp_path: Path) -> None:
+    folder = tmp_path / "untrained"
+    folder.mkdir()
+    shutil.copyfile(small_corpus.spm_path, folder / "spm.model")
+    shutil.copyfile(small_corpus.dict_path, folder / "dict.txt")
+    model = toy_model(small_corpus)
+    torch.nn.init.normal_(model.encoder.embed_tokens.weight, std=0.5, generator=torch.Generator().manual_seed(1))
+    metadata = {"direction": "en-cs", "model": dataclasses.asdict(toy_config())}
+    write_artefact(folder, model.state_dict(), metadata=metadata)
+    ours = CTranslate2Translator(export_ctranslate2(folder, tmp_path / "ct2", quantization="fp32"), threads=1)
+    fairseq = Translator.load(folder)
+    source = small_corpus.text("test")[0][0]
+    limit = 2 * (len(ours.subwords.encode(source)) + 1) + 20
+    greedy = DecodeConfig(beam=1)
+    assert ours.translate([source], decode=greedy) == fairseq.translate([source], decode=greedy)
+    assert ours.tokens_produced == fairseq.tokens_produced == limit + 1
+    long = "abc " * 3000
+    assert len(ours.translate([long], decode=greedy)) > 0
+
+
+def test_order_progress_and_batches_do_not_matter(plain: Path, tmp_path: Path) -> None:
+    folder = export_ctranslate2(plain, tmp_path / "ct2", quantization="fp32")
+    wanted = CTranslate2Translator(folder, threads=1).translate(LINES)
+    ours = CTranslate2Translator(folder, threads=2)
+    told: list[tuple[int, int]] = []
+    decode = DecodeConfig(max_tokens=25)
+    assert ours.translate(LINES[::-1], decode=decode, progress=lambda *step: told.append(step)) == wanted[::-1]
+    assert told[-1] == (len(LINES), len(LINES))
+    assert len(told) > 10
+    assert [done for done, _ in told] == sorted({done for done, _ in told})
+    assert ours.translate(["", " "]) == ["", ""]
+    assert ours.translate([]) == []
+
+
+def test_the_map_holds_each_words_translations(small_corpus: Corpus) -> None:
+    shards = small_corpus.split("train")
+    found = vocabulary_map(shards, "en-cs", small_corpus.vocab_size, candidates=8, frequent=16)
+    assert found.candidates.shape == (small_corpus.vocab_size, 8)
+    pieces = Subwords(small_corpus.spm_path).pieces()
+    for source in range(4, small_corpus.vocab_size):
+        kept = found.candidates[source][found.candidates[source] >= 0]
+        assert kept[0] == source, "a name is copied"
+        assert len(set(kept.tolist())) == len(kept)
+    assert (found.candidates[:3] == -1).all()
+    frequency = np.bincount(np.concatenate([shards.tokens("cs", i)[:-1] for i in range(len(shards))]))
+    assert set(found.always.tolist()) == set(np.argsort(-frequency, kind="stable")[:16].tolist())
+    back = vocabulary_map(shards, "cs-en", small_corpus.vocab_size, candidates=8, frequent=16)
+    assert (pieces.index("."), pieces.index(".")) == (found.candidates[pieces.index(".")][0], back.always[0])
+
+
+def test_model_1_tells_words_apart_that_always_stand_together(tmp_path: Path) -> None:
+    """ "the" is in every sentence; EM still gives "house" to "dům", since "the" explains the rest."""
+    from tenko.nmt.shards import PairShards, ShardWriter
+
+    the, house, tree, dum, strom, ten = 4, 5, 6, 7, 8, 9
+    pairs = [([the, house], [ten, dum]), ([the, tree], [ten, strom])] * 5
+    totals = {}
+    for lang, side in (("en", 0), ("cs", 1)):
+        with ShardWriter(tmp_path, "train", lang, np.dtype("<u2")) as writer:
+            writer.append([pair[side] for pair in pairs])
+            totals[lang] = writer.tokens
+    shards = PairShards(tmp_path, "train", len(pairs), totals, np.dtype("<u2"))
+    found = vocabulary_map(shards, "en-cs", 10, candidates=2, frequent=1, rounds=8)
+    assert found.candidates[[the, house, tree]].tolist() == [[the, ten], [house, dum], [tree, strom]]
+    assert found.always.tolist() == [ten]
+
+
+def test_a_map_narrows_what_can_be_said(plain: Path, tmp_path: Path) -> None:
+    subwords = Subwords(plain / "spm.model")
+    size = len(subwords)
+    everything = VocabularyMap(np.full((size, 1), -1, np.int32), np.arange(4, size, dtype=np.int32))
+    sources, references = zip(*PAIRS[:40], strict=True)
+    said = sorted({token for line in references for token in subwords.encode(line)})
+    assert len(said) < 0.7 * size
+    some = VocabularyMap(np.full((size, 1), -1, np.int32), np.array(said[:-3], np.int32))
+    free, wide, narrow = (
+        CTranslate2Translator(export_ctranslate2(plain, tmp_path / name, quantization="fp32", vocabulary_map=mapped))
+        for name, mapped in (("free", None), ("wide", everything), ("narrow", some))
+    )
+    wanted = free.translate(sources)
+    assert wide.translate(sources) == wanted
+    for line in narrow.translate(sources):
+        assert set(subwords.encode(line)) <= {*said[:-3], 3}
+    assert any(set(subwords.encode(line)) & set(said[-3:]) for line in wanted)
+    assert (tmp_path / "narrow" / VMAP).is_file()
+
+
+def test_a_map_survives_its_file_and_refuses_others(tmp_path: Path) -> None:
+    mapped = VocabularyMap(np.array([[1, -1], [0, 1]], np.int32), np.array([1], np.int32))
+    mapped.save(tmp_path / FILE)
+    loaded = VocabularyMap.load(tmp_path / FILE, 2)
+    assert loaded.candidates.tolist() == mapped.candidates.tolist()
+    assert loaded.always.tolist() == mapped.always.tolist()
+    for vocabulary in (1, 3):
+        with pytest.raises(ValueError, match=f"{FILE}: .*"):
+            VocabularyMap.load(tmp_path / FILE, vocabulary)
+    (tmp_path / FILE).write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match=f"{FILE}: damaged"):
+        VocabularyMap.load(tmp_path / FILE, 2)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "activation": ({"extra": {"activation_fn": "tanh"}}, "CTranslate2 has no activation tanh"),
+    "no positions": ({"extra": {"no_token_positional_embeddings": True}}, "has no model without positions"),
+    "heads": ({"extra": {"decoder_attention_heads": 4}}, "wants 2 attention heads in the decoder"),
+    "bottleneck": ({"extra": {"decoder_output_dim": 16}, "share_all_embeddings": False}, "no place for tensor|shape"),
+    "mixed norms": ({"extra": {"encoder_normalize_before": True}}, "misses tensor decoder.layer_norm.weight"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_ctranslate2_has_no_place_for_is_refused(tmp_path: Path, case: str) -> None:
+    fields, message = REFUSED[case]
+    folder = tmp_path / "artefact"
+    folder.mkdir()
+    write_sentence_model(folder, int8=False, updates=0, **fields)
+    with pytest.raises(ValueError, match=rf"\A{folder}/model.safetensors: .*({message}).*\Z"):
+        export_ctranslate2(folder, tmp_path / "ct2")
+    assert os.listdir(tmp_path) == ["artefact"]
+
+
+def test_a_damaged_model_is_refused_in_one_line(plain: Path, tmp_path: Path) -> None:
+    good = export_ctranslate2(plain, tmp_path / "good")
+    for name, content, message in (
+        (CARD, b"{", "damaged"),
+        (CARD, b'{"format": 1, "direction": "en-cs"}', "has no 'quantization'"),
+        (CARD, (good / CARD).read_bytes().replace(b'"format": 1', b'"format": 9'), "newer"),
+        (CARD, None, f"{CARD} is missing"),
+        ("model.bin", b"short", "CTranslate2 cannot load it"),
+        ("model.bin", None, "CTranslate2 cannot load it"),
+        ("spm.model", None, "no such file"),
+    ):
+        folder = Path(shutil.copytree(good, tmp_path / "bad"))
+        (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
+        with pytest.raises(ValueError, match=rf"\A{folder}.*{message}.*\Z"):
+            CTranslate2Translator(folder)
+        shutil.rmtree(folder)
+
+
+def test_nothing_is_left_of_an_export_that_failed(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(OSError, match="No space left"):
+        export_ctranslate2(plain, tmp_path / "ct2")
+    assert [name for name in os.listdir(tmp_path) if "ct2" in name] == []
+
+
+def cached(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("ct2-*"))
+
+
+def test_an_artefact_is_converted_once_and_anew_when_it_changes(
+    own_artefact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = engines.load(own_artefact, threads=1)
+    assert isinstance(first, CTranslate2Translator)
+    wanted = first.translate(LINES)
+    names = cached(own_artefact)
+    assert len(names) == 1
+    assert names[0].startswith("ct2-int8-")
+    with monkeypatch.context() as patched:
+        patched.setattr("tenko.nmt.ctranslate2_model.export_ctranslate2", None)  # not called again
+        assert engines.load(own_artefact, threads=1).translate(LINES) == wanted
+    state, metadata = read_artefact(own_artefact)
+    state["encoder.embed_tokens.weight"].mul_(-1)
+    write_artefact(own_artefact, state, metadata={key: metadata[key] for key in ("direction", "model")})
+    assert engines.load(own_artefact, threads=1).translate(LINES) != wanted
+    assert len(cached(own_artefact)) == 1
+    assert cached(own_artefact) != names, "the stale one is gone"
+
+
+def test_a_folder_that_cannot_be_written_leaves_it_to_the_users_cache(
+    own_artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writable = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != own_artefact and writable(path, mode))
+    assert engines.load(own_artefact, threads=1).translate(["Jane has a tree."]) != [""]
+    assert cached(own_artefact) == []
+    assert len(cached(tmp_path / "cache")) == 1
+    monkeypatch.setenv(engines.CACHE, "/proc/none")
+    assert engines.user_cache().is_dir()
+
+
+def test_an_artefacts_map_is_used(own_artefact: Path) -> None:
+    size = len(Subwords(own_artefact / "spm.model"))
+    VocabularyMap(np.full((size, 1), -1, np.int32), np.array([4, 5], np.int32)).save(own_artefact / FILE)
+    engine = engines.load(own_artefact, threads=1)
+    assert isinstance(engine, CTranslate2Translator)
+    assert engine.vocabulary_map
+    pieces = engine.subwords.pieces()
+    allowed = set(engine.subwords.decode([4, 5])) | {*" ⁇"}
+    assert {c for line in engine.translate(LINES) for c in line} <= allowed, pieces[:6]
+
+
+def test_engines_are_chosen_by_model_and_device(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    exported = export_ctranslate2(plain, tmp_path / "ct2")
+    assert engines.choose(plain) == engines.choose(exported, device="cuda") == "ctranslate2"
+    assert engines.choose(plain, device="cuda") == engines.choose(plain, "fairseq") == "fairseq"
+    with pytest.raises(ValueError, match="fairseq needs an artefact; valid: ctranslate2"):
+        engines.choose(exported, "fairseq")
+    with pytest.raises(ValueError, match="unknown engine 'marian'; valid: ctranslate2, fairseq"):
+        engines.choose(plain, "marian")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert engines.choose(plain) == "fairseq"
+    with pytest.raises(ValueError, match="not installed"):
+        engines.choose(plain, "ctranslate2")
+
+
+def test_a_converted_model_translates_without_torch(own_artefact: Path) -> None:
+    wanted = engines.load(own_artefact, threads=1).translate(["Jane has a tree."])
+    code = (
+        "import sys; from pathlib import Path; from tenko.nmt import engines\n"
+        "print(engines.load(Path(sys.argv[1]), threads=1).translate(['Jane has a tree.'])[0])\n"
+        "assert not {'torch', 'fairseq'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(own_artefact)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, wanted[0]), done.stderr
+
+
+def test_the_card_says_what_it_is(plain: Path, tmp_path: Path) -> None:
+    card = json.loads((export_ctranslate2(plain, tmp_path / "ct2") / CARD).read_text())
+    assert card == {"format": 1, "direction": "en-cs", "quantization": "int8", "vocabulary_map": False}
+    assert {"spm.model", "dict.txt", "model.bin"} <= set(os.listdir(tmp_path / "ct2"))
+    with pytest.raises(ValueError, match="unknown 'int4'; valid are int8, int16, fp32"):
+        export_ctranslate2(plain, tmp_path / "other", quantization="int4")
