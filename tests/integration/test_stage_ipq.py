@@ -132,7 +132,6 @@ def test_int8_centroids_under_loss_scaling(whole: Path, small_tsv: Path) -> None
     lines = (directory / "2-ipq" / GROUPS[2] / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[0])["scale"] > 0
     assert json.loads((directory / "2-ipq" / "result.json").read_text())["precision"] == "fp16"
-    assert artefact_bytes(directory / "2-ipq" / "artefact") < artefact_bytes(whole / "2-ipq" / "artefact")
 
 
 def test_a_block_that_does_not_divide_is_one_line_before_any_training(
