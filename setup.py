@@ -19,7 +19,7 @@ setup(
     packages=[f"tenko.{folder}" for folder in FOLDERS],
     package_dir={f"tenko.{folder}": folder for folder in FOLDERS},
     package_data={
-        "tenko.nmt": ["py.typed", "embedded/*", "embedded/licenses/*"],
+        "tenko.nmt": ["py.typed", "embedded/*", "embedded/licenses/*", "models/*/*"],
         "tenko.recipes": ["*.yaml"],
         "tenko.launch": ["py.typed"],
         "tenko.compression": ["py.typed"],
@@ -29,6 +29,7 @@ setup(
         "torch>=2.9",
         "ve-fairseq==0.12.3",
         "accelerate>=1.10",
+        "ctranslate2>=4.8",
         "sentencepiece>=0.2",
         "sacrebleu>=2.5",
         "safetensors>=0.5",
@@ -42,7 +43,6 @@ setup(
         "zstandard>=0.23",
     ],
     extras_require={
-        "ctranslate2": ["ctranslate2>=4.8"],
         "trackers": ["tensorboard>=2.18"],
         "gpu": ["triton>=3.5"],  # the quantizer's kernels; torch's CUDA builds bring it along
         "mpi": ["mpi4py>=4.1", "openmpi>=5.0"],  # parameter servers on ranks of their own
@@ -55,7 +55,6 @@ setup(
             "ruff>=0.12",
             "mypy>=1.16",
             "types-PyYAML",
-            "ctranslate2>=4.8",
             "pytorch-lightning>=2.6.4",  # not `lightning`: two of its releases were an attacker's
         ],
     },
