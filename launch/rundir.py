@@ -136,7 +136,7 @@ class RunDirectory:
         return result
 
     def find_stage(self, name: str | None) -> Path:
-        """Folder of a finished stage; the last finished one when `name` is None.
+        """Folder of a finished stage; the last finished one that tenko can translate with when `name` is None.
 
         Raises:
             ValueError: no such stage, or not finished; names those that are.
@@ -145,7 +145,9 @@ class RunDirectory:
         if not finished:
             raise ValueError(f"{self.path}: no stage is finished yet; `tenko run` goes on with it")
         if name is None:
-            return self.stage_directory(max(finished.values()))
+            stages = self.recipe.stages
+            own = [i for i in finished.values() if getattr(stages[i].config, "format", "") != "fairseq"]
+            return self.stage_directory(max(own or finished.values()))
         if name not in finished:
             known = any(spec.name == name for spec in self.recipe.stages)
             what = f"stage {name} is not finished" if known else f"no stage {name}"

@@ -447,7 +447,8 @@ def measure(
         "sentences": scores.sentences,
         "tokens_per_second": scores.tokens_per_second,
         "threads": torch.get_num_threads(),
-        **_size(folder / ARTEFACT, translator),
+        **({} if engine else {"artefact_bytes": artefact_bytes(folder / ARTEFACT)}),
+        **_parameters(translator),
         "samples": [
             {"source": s, "reference": r, "hypothesis": h}
             for (s, r, h), _ in zip(samples, range(SAMPLES), strict=False)
@@ -458,13 +459,9 @@ def measure(
     return result
 
 
-def _size(artefact: Path, translator: Engine) -> dict[str, int]:
-    if not isinstance(translator, Translator):  # another program's files
-        return {}
-    return {
-        "artefact_bytes": artefact_bytes(artefact),
-        "parameters": sum(p.numel() for p in translator.model.parameters()),
-    }
+def _parameters(translator: Engine) -> dict[str, int]:
+    model = getattr(translator, "model", None)
+    return {"parameters": sum(p.numel() for p in model.parameters())} if isinstance(model, nn.Module) else {}
 
 
 def _write_artefact(

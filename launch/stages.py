@@ -18,6 +18,7 @@ from tenko.nmt.config import TrainConfig
 from tenko.nmt.fairseq_bridge import build_model
 
 from .rundir import StageContext
+from .stage_export import run_export
 from .stage_ipq import run_ipq
 from .stage_kinds import PretrainedConfig
 from .stage_lottery import run_lottery
@@ -73,7 +74,7 @@ def run_pretrained(context: StageContext) -> None:
                 f"pretrained.model: {folder} translates {direction}, the recipe {context.recipe.direction}"
             )
         shutil.rmtree(context.artefact, ignore_errors=True)
-        shutil.copytree(folder, context.artefact)
+        shutil.copytree(folder, context.artefact, ignore=shutil.ignore_patterns("ct2-*"))
         measure(context, corpus, started=started)
     distributed.barrier()
 
@@ -85,5 +86,6 @@ RUNNERS: dict[str, Callable[[StageContext], None]] = {
     "quant_noise": run_quant_noise,
     "ipq": run_ipq,
     "quantize": run_quantize,
+    "export": run_export,
 }
 """What runs a stage of each kind."""
