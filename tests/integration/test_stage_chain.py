@@ -1,0 +1,113 @@
+"""Stages in a row, as recipes compose them: each begins with what the one before left on the disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from tenko_run import Done, tenko
+
+from tenko.compression import read_artefact
+from tenko.nmt.corpus import Corpus
+
+pytestmark = pytest.mark.torchrun
+TRAIN: dict[str, Any] = {
+    "max_update": 8,
+    "max_tokens": 300,
+    "precision": "fp32",
+    "lr": 5e-3,
+    "warmup_updates": 4,
+    "log_interval": 4,
+    "valid_interval": 8,
+    "valid_sentences": 4,
+    "save_interval": 4,
+    "decode": {"beam": 1, "max_tokens": 2000},
+}
+
+
+def run(directory: Path, tsv: Path, stages: list[Any], *overrides: str, workers: int = 2) -> Done:
+    data = {"train": str(tsv), "cache": str(tsv.parent / "cache"), "valid_size": 20, "test_size": 20, "vocab_size": 300}
+    model = {"encoder_layers": 1, "decoder_layers": 1, "embed_dim": 16, "ffn_dim": 32, "attention_heads": 2}
+    content = {"name": "toy", "workers": workers, "threads": 1, "data": data, "model": model, "stages": stages}
+    path = directory.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return tenko("run", path, *overrides, "--run-dir", directory)
+
+
+def result(directory: Path, stage: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((directory / stage / "result.json").read_text())
+    return found
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory, small_tsv: Path, small_corpus: Corpus) -> Path:
+    """train, lottery, quant_noise, export, with two ranks and a teacher."""
+    directory = tmp_path_factory.mktemp("chain") / "run"
+    noise = {"scheme": "int4", "clip": "mse", "train": {"max_update": 4, "distill": {"weight": 0.5}}}
+    lottery = {"rounds": 1, "fraction": 0.7, "rewind_to": 0, "embeddings": True}
+    stages = [{"train": {**TRAIN, "keep_updates": [0]}}, {"lottery": lottery}, {"quant_noise": noise}, "export"]
+    done = run(directory, small_tsv, stages)
+    assert (done.code, done.errors) == (0, []), done
+    return directory
+
+
+def test_what_a_lottery_has_pruned_stays_pruned_and_is_a_bitmask_in_the_file(chain: Path) -> None:
+    pruned, _ = read_artefact(chain / "2-lottery" / "artefact")
+    quantized, metadata = read_artefact(chain / "3-quant_noise" / "artefact")
+    name = "decoder.layers.0.fc1.weight"
+    assert float((pruned[name] == 0).float().mean()) > 0.5
+    assert bool((quantized[name][pruned[name] == 0] == 0).all())
+    assert not torch.equal(quantized[name], pruned[name])
+    assert metadata["tensors"][name]["scheme"] == "int4"
+    assert metadata["tensors"][name]["mask"] is True
+    sizes = [result(chain, stage)["artefact_bytes"] for stage in ("1-train", "2-lottery", "3-quant_noise")]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_an_export_is_measured_as_it_was_read_back(chain: Path) -> None:
+    figures = result(chain, "4-export")
+    model = chain / "4-export" / "artefact" / "model.bin"
+    assert figures["artefact_bytes"] == model.stat().st_size
+    hypotheses = (chain / "4-export" / "hypotheses.txt").read_text().splitlines()
+    assert len(hypotheses) == figures["sentences"] == 20
+    done = tenko("translate", "--run", chain, stdin=b"Open the file.\n")
+    assert (done.code, len(done.out.splitlines())) == (0, 1)
+
+
+def test_a_pretrained_model_brings_its_subwords_and_teaches(
+    chain: Path, small_tsv: Path, small_corpus: Corpus, tmp_path: Path
+) -> None:
+    source = chain / "1-train" / "artefact"
+    stages = [
+        {"pretrained": {"model": str(source)}},
+        {"train": {**TRAIN, "max_update": 4, "distill": {"weight": 1.0}}},
+        {"quantize": {"scheme": "pq", "pq": {"centroids": 16}}},
+        {"export": {"format": "fairseq"}},
+    ]
+    # Another size of vocabulary: without the model's subwords its embeddings would not fit.
+    done = run(tmp_path / "run", small_tsv, stages, "data.vocab_size=400", workers=1)
+    assert (done.code, done.errors) == (0, []), done
+    for stage in ("1-pretrained", "2-train", "3-quantize"):
+        assert (tmp_path / "run" / stage / "artefact" / "spm.model").read_bytes() == (source / "spm.model").read_bytes()
+    first, last = (result(tmp_path / "run", stage) for stage in ("1-pretrained", "4-export"))
+    assert first["bleu"] == result(chain, "1-train")["bleu"]
+    assert first["artefact_bytes"] == result(chain, "1-train")["artefact_bytes"]
+    assert last["bleu"] == result(tmp_path / "run", "3-quantize")["bleu"]
+    assert last["artefact_bytes"] == (tmp_path / "run" / "4-export" / "artefact" / "model.pt").stat().st_size
+    lines = [json.loads(line) for line in (tmp_path / "run" / "2-train" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0]["loss"] < 0.1 < lines[0]["nll"], "a pupil that is its teacher's copy has nothing to learn"
+
+
+def test_a_pretrained_model_of_the_other_direction_is_refused(chain: Path, small_tsv: Path, tmp_path: Path) -> None:
+    stages = [{"pretrained": {"model": str(chain / "1-train" / "artefact")}}]
+    done = run(tmp_path / "run", small_tsv, stages, "direction=cs-en", workers=1)
+    assert done.code == 2
+    assert len(done.errors) == 1
+    assert "translates en-cs, the recipe cs-en" in done.errors[0]
+    done = run(tmp_path / "none", small_tsv, [{"pretrained": {"model": "cs-pl"}}], workers=1)
+    assert done.code == 2
+    assert "cs-pl: no model of that name ships with tenko; valid: " in done.errors[0]
