@@ -50,6 +50,8 @@ class Recipe:
     """torchrun processes this machine starts; 1 runs in one process."""
     threads: int = 0
     """CPU threads a worker; 0 divides the machine's cores by the workers. The one setting a resumed run may change."""
+    zstd: int | None = None
+    """Compress artefacts' files with zstd at this level, 1 to 22; null stores them plain."""
     data: DataConfig = field(default_factory=DataConfig)
     """Corpus and subwords."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -64,6 +66,7 @@ class Recipe:
         require(0 <= self.seed < 2**63, "seed", f"must be 0 to 2^63 - 1, is {self.seed}")
         require(1 <= self.workers <= 1024, "workers", f"must be 1 to 1024, is {self.workers}")
         require(self.threads >= 0, "threads", f"must be at least 0, is {self.threads}")
+        require(self.zstd is None or 1 <= self.zstd <= 22, "zstd", f"must be null or 1 to 22, is {self.zstd}")
 
 
 _TOP_KEYS = [item.name for item in dataclasses.fields(Recipe)]

@@ -394,7 +394,7 @@ def write_and_measure(
     """
     folder = folder or context.directory
     metadata = {"direction": context.recipe.direction, "model": dataclasses.asdict(model_config), **(metadata or {})}
-    _write_artefact(folder / ARTEFACT, model, corpus, metadata, technique)
+    _write_artefact(folder / ARTEFACT, model, corpus, metadata, technique, context.recipe.zstd)
     return measure(context, corpus, folder=folder, **rest)
 
 
@@ -465,7 +465,12 @@ def _parameters(translator: Engine) -> dict[str, int]:
 
 
 def _write_artefact(
-    target: Path, model: nn.Module, corpus: Corpus, metadata: Mapping[str, Any], technique: Technique | None
+    target: Path,
+    model: nn.Module,
+    corpus: Corpus,
+    metadata: Mapping[str, Any],
+    technique: Technique | None,
+    zstd: int | None,
 ) -> None:
     """The artefact's folder, complete under its name or not there at all."""
     beside = target.with_name(f".{target.name}.tmp")
@@ -473,6 +478,6 @@ def _write_artefact(
     beside.mkdir(parents=True)
     shutil.copyfile(corpus.spm_path, beside / "spm.model")
     shutil.copyfile(corpus.dict_path, beside / "dict.txt")
-    write_artefact(beside, model.state_dict(), metadata=metadata, technique=technique)
+    write_artefact(beside, model.state_dict(), metadata=metadata, technique=technique, zstd=zstd)
     shutil.rmtree(target, ignore_errors=True)
     beside.rename(target)

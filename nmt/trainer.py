@@ -346,8 +346,8 @@ class Trainer:
         self._reset_figures()
 
     def load(self, folder: Path, *, only_weights: bool = False) -> None:
-        """Take weights, counters and all other state of a checkpoint; `only_weights` leaves optimizer, route and
-        techniques as they are.
+        """Take weights, counters and all other state of a checkpoint; `only_weights` leaves optimizer, route
+        and techniques as they are.
 
         Raises:
             ValueError: it is damaged, or of another model; the message names the file.
@@ -357,13 +357,13 @@ class Trainer:
         self.updates, self.seconds = state["update"], state["seconds"]
         self.best = Best(*state["best"])
         self._reset_figures()
+        self.scaler.load_state_dict(state["scaler"])
         if only_weights:
             return
         if self.engine is not None:
             self.engine.load_state_dict((rank_state or {}).get("engine"))
         else:
             self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
         for technique, kept in zip(self.techniques, state.get("techniques", []), strict=False):
             technique.load_state_dict(kept)
         if state["world"] != self.stream.world:

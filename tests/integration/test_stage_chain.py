@@ -89,10 +89,13 @@ def test_a_pretrained_model_brings_its_subwords_and_teaches(
         {"export": {"format": "fairseq"}},
     ]
     # Another size of vocabulary: without the model's subwords its embeddings would not fit.
-    done = run(tmp_path / "run", small_tsv, stages, "data.vocab_size=400", workers=1)
+    done = run(tmp_path / "run", small_tsv, stages, "data.vocab_size=400", "zstd=3", workers=1)
     assert (done.code, done.errors) == (0, []), done
     for stage in ("1-pretrained", "2-train", "3-quantize"):
         assert (tmp_path / "run" / stage / "artefact" / "spm.model").read_bytes() == (source / "spm.model").read_bytes()
+    assert {path.name for path in (tmp_path / "run" / "3-quantize" / "artefact").glob("model*")} == {
+        "model.safetensors.zst"
+    }
     first, last = (result(tmp_path / "run", stage) for stage in ("1-pretrained", "4-export"))
     assert first["bleu"] == result(chain, "1-train")["bleu"]
     assert first["artefact_bytes"] == result(chain, "1-train")["artefact_bytes"]
