@@ -12,13 +12,15 @@ from typing import Annotated, Any
 
 import typer
 
+from .bundled import bundled
 from .errors import BAD_INPUT, INTERNAL, INTERRUPTED, RunFailed, Terminated, internal, is_users, one_line
 
 app = typer.Typer(
     name="tenko",
     help="English-Czech translation: trained over a thin wire, shipped thin on disk.\n\n"
-    "Start with `tenko run demo`: it trains on the corpus that ships with tenko, takes some minutes on two cores, and "
-    "leaves a run directory, runs/demo, that the other commands read.",
+    "Start with `tenko translate en-cs`, which translates with a model that ships, or with `tenko run demo`: it makes "
+    "that model smaller with two workers, takes some minutes on two cores, and leaves a run directory, runs/demo, that "
+    "the other commands read. `tenko run scratch` trains a small model from nothing.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -105,7 +107,7 @@ def _main_options(
 @app.command()
 def run(
     recipe: Annotated[
-        str, typer.Argument(metavar="RECIPE", help="YAML file, or a bundled recipe: demo, debian, debian-small, tiny.")
+        str, typer.Argument(metavar="RECIPE", help=f"YAML file, or a bundled recipe: {', '.join(bundled())}.")
     ],
     overrides: Annotated[
         list[str] | None,
@@ -126,13 +128,13 @@ def run(
 
     \b
     tenko run demo
-    tenko run demo train.max_update=500 seed=2 --run-dir runs/short
-    tenko run recipes/debian.yaml data.train=corpus.tsv.gz
+    tenko run demo quant_noise.train.max_update=50 seed=2 --run-dir runs/short
+    tenko run scratch data.train=corpus.tsv.gz --run-dir runs/mine
 
     To start the workers yourself, for instance on several machines:
 
     \b
-    torchrun --nproc-per-node 2 -m tenko.launch.worker recipes/demo.yaml --run-dir runs/demo
+    torchrun --nproc-per-node 2 -m tenko.launch.worker recipes/scratch.yaml --run-dir runs/scratch
     """
     from . import commands
 
@@ -161,7 +163,7 @@ def translate(
 
     \b
     echo "The file could not be opened." | tenko translate en-cs
-    tenko translate --run runs/demo --stage train --beam 1 < in.txt > out.txt
+    tenko translate --run runs/demo --stage quant_noise --beam 1 < in.txt > out.txt
     """
     from . import commands
 
@@ -193,7 +195,7 @@ def evaluate(
 
     \b
     tenko evaluate --run runs/demo --test my-test.tsv
-    tenko evaluate --run runs/demo --test my-test.tsv --stage train --json
+    tenko evaluate --run runs/demo --test my-test.tsv --stage quant_noise --json
     tenko evaluate en-cs --test my-test.tsv --engine ctranslate2 --threads 1
     """
     from . import commands
@@ -226,9 +228,9 @@ def export(
     fairseq checkpoint with its dictionaries.
 
     \b
-    tenko export --run runs/demo --format ctranslate2 --out exported
+    tenko export --run runs/scratch --format ctranslate2 --out exported
     tenko translate exported < in.txt > out.txt
-    tenko export --run runs/demo --format fairseq --out checkpoint
+    tenko export --run runs/scratch --format fairseq --out checkpoint
     """
     from . import commands
 
@@ -252,8 +254,8 @@ def inspect(
     """The tensors of a model file: scheme, shape, bits an element, and bytes that add up to the file's size.
 
     \b
-    tenko inspect --run runs/demo
-    tenko inspect runs/demo/2-quantize/artefact/model.safetensors --all
+    tenko inspect --run runs/scratch
+    tenko inspect runs/scratch/2-quantize/artefact/model.safetensors --all
     """
     from .inspect_command import inspect as show
 

@@ -18,6 +18,7 @@ import yaml
 from tenko.comm.config import CommConfig
 from tenko.nmt.config import DataConfig, ModelConfig, require
 
+from .bundled import bundled
 from .settings import Node, Problems, build, describe, join, parse, unknown_key
 from .stage_kinds import NOT_INHERITED, STAGE_CONFIGS, StageConfig, problem, why_not
 
@@ -70,15 +71,6 @@ class Recipe:
 
 
 _TOP_KEYS = [item.name for item in dataclasses.fields(Recipe)]
-
-
-def bundled() -> list[str]:
-    """Names of the recipes that ship with tenko."""
-    try:
-        entries = list(resources.files("tenko.recipes").iterdir())
-    except ModuleNotFoundError:
-        return []
-    return sorted(entry.name.removesuffix(".yaml") for entry in entries if entry.name.endswith(".yaml"))
 
 
 def load(path_or_name: str, overrides: tuple[str, ...] | list[str] = ()) -> Recipe:

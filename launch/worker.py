@@ -2,7 +2,7 @@
 
 Started by `tenko run` (`--run-dir DIR`, the recipe is already in it), or by a torchrun of the user's own:
 
-    torchrun --nproc-per-node 2 -m tenko.launch.worker recipes/demo.yaml --run-dir runs/demo
+    torchrun --nproc-per-node 2 -m tenko.launch.worker recipes/scratch.yaml --run-dir runs/scratch
 
 Rank 0 decides where to go on and tells the others through torchrun's store, before any stage runs: were each to look
 for result.json itself, a late one could take for finished what rank 0 has only just done.
