@@ -32,6 +32,7 @@ from .pq import (
     quantize_shared,
     select_blocks,
 )
+from .readers import Reader
 from .schemes import decode_pq
 from .technique import Packed
 
@@ -172,7 +173,7 @@ class Ipq:
             codebook.forget()
 
 
-class Codebook(nn.Module):
+class Codebook(Reader):
     """Parametrization, one instance for all sites of a weight: the weight that codes make of the codebook.
 
     Args:
@@ -185,8 +186,6 @@ class Codebook(nn.Module):
     def __init__(self, codes: Tensor, centroids: int, shape: tuple[int, ...], scheme: PqScheme) -> None:
         super().__init__()
         self.centroids, self.shape, self.scheme = centroids, shape, scheme
-        self._value: Tensor | None = None
-        self._key: tuple[int, int] | None = None
         self.take(codes)
 
     def take(self, codes: Tensor) -> None:
@@ -199,17 +198,11 @@ class Codebook(nn.Module):
         self._starts[0] = 0
         self.forget()
 
-    def forward(self, codebook: Tensor) -> Tensor:
-        key = (codebook.data_ptr(), codebook._version)
-        if self._value is None or self._key != key:
-            with torch.no_grad():
-                self._value = decode_pq(self.codes, centroid_values(codebook, self.scheme), self.shape)
-            self._key = key
-        return _Decode.apply(codebook, self._value, self._order, self._starts)
+    def read(self, stored: Tensor) -> Tensor:
+        return decode_pq(self.codes, centroid_values(stored, self.scheme), self.shape)
 
-    def forget(self) -> None:
-        """Decode anew when the weight is read next."""
-        self._value = self._key = None
+    def forward(self, codebook: Tensor) -> Tensor:
+        return _Decode.apply(codebook, self.cached(codebook), self._order, self._starts)
 
 
 class _Decode(torch.autograd.Function):

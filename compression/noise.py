@@ -3,14 +3,12 @@
 p = 1 is quantization-aware training, and attached and baked at once it is post-training quantization. Notable:
 
 - Gradients pass straight through, to quantized and exact weights alike. Modules read exactly what the file will decode
-  to: the estimator is no `w + (q - w).detach()`, which may miss q by one ulp.
+  to.
 - Fan et al. draw anew at each forward. Here a mask is drawn once an update, by (seed, update, tensor), for all ranks
   and micro-batches: how many of them share an update's batch then changes nothing, a gradient is that of one model, and
   a resumed run draws what an unbroken one does.
 - Evaluation (`module.training` False) quantizes everything.
-- What modules read is computed once an update, however many sites, micro-batches or steps of a beam search read it. It
-  is thrown away before and after each update, and when the weight's version or storage changes. (The version alone is
-  not enough: torch's fused AdamW and a parameter server's owners write weights without raising it.)
+- What modules read is computed once an update (`readers.py`).
 
 Source: Fan et al. 2021, "Training with Quantization Noise for Extreme Model Compression".
 """
@@ -28,6 +26,7 @@ from tenko.comm.laq import EPSILON
 
 from .activations import InputRanges, linear_modules
 from .config import QuantizeConfig, QuantNoiseConfig
+from .readers import Reader, StraightThrough
 from .scalar import Linear, Quantizer, decode
 from .technique import Packed, Weight, parametrize_weight, select_weights, unparametrize_weight
 from .ternary import Lat, Twn, TwoMeans
@@ -190,35 +189,16 @@ class QuantNoise:
             reader.forget()
 
 
-class NoisyWeight(nn.Module):
-    """Parametrization, one instance for all sites of a weight: gives what modules read, gradients straight through."""
+class NoisyWeight(Reader):
+    """Gives what modules read of one weight, gradients straight through."""
 
     def __init__(self, technique: QuantNoise, weight: Weight, position: int) -> None:
         super().__init__()
-        # In a tuple, for its parameter must not be registered here too; the value is a plain attribute, no buffer,
-        # which DDP would broadcast and a checkpoint save.
-        self._source = (technique, weight, position)
-        self._value: Tensor | None = None
-        self._key: tuple[int, int, bool] | None = None
+        self._source = (technique, weight, position)  # in a tuple: its parameter must not be registered here too
+
+    def read(self, stored: Tensor) -> Tensor:
+        technique, weight, position = self._source
+        return technique.read(stored, weight, position, noisy=self.training and technique.p < 1)
 
     def forward(self, stored: Tensor) -> Tensor:
-        technique, weight, position = self._source
-        noisy = self.training and technique.p < 1
-        key = (stored.data_ptr(), stored._version, noisy)
-        if self._value is None or self._key != key:
-            self._value, self._key = technique.read(stored, weight, position, noisy=noisy), key
-        return _StraightThrough.apply(stored, self._value)
-
-    def forget(self) -> None:
-        """Compute what modules read anew when it is read next."""
-        self._value = self._key = None
-
-
-class _StraightThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, stored: Tensor, value: Tensor) -> Tensor:
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0], None
+        return StraightThrough.apply(stored, self.cached(stored))

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from . import kmeans
 from .config import QuantNoiseConfig
 from .pq import Blocks, PqScheme, as_blocks, centroid_values, quantize_shared, select_blocks
+from .readers import Reader, StraightThrough
 from .schemes import decode_pq
 from .technique import Packed, parametrize_weight, unparametrize_weight
 
@@ -131,12 +132,8 @@ class PqNoise:
         return torch.rand(blocks, generator=generator, device=device) < self.config.p
 
 
-class NoisyBlocks(nn.Module):
-    """Parametrization, one instance for all sites of a weight: gives what modules read, gradients straight through.
-
-    It is computed once an update, and anew when the weight's version or storage changes; torch's fused AdamW raises no
-    version, so the technique throws it away after each update too.
-    """
+class NoisyBlocks(Reader):
+    """Gives what modules read of one weight, gradients straight through."""
 
     codes: Tensor | None
     """uint8 [rows, columns / block]; plain attributes, since DDP would broadcast buffers and checkpoints save them."""
@@ -147,24 +144,15 @@ class NoisyBlocks(nn.Module):
         super().__init__()
         self._source = (technique, item, position)  # in a tuple: its parameter must not be registered here too
         self.codes = self.codebook = None
-        self._value: Tensor | None = None
-        self._key: tuple[int, int, bool] | None = None
 
     def forward(self, stored: Tensor) -> Tensor:
-        technique, _, _ = self._source
-        zero = technique.config.pq.noise == "zero"
+        zero = self._source[0].config.pq.noise == "zero"
         if (zero and not self.training) or (not zero and self.codes is None):  # not fitted before the first update
             return stored
-        key = (stored.data_ptr(), stored._version, self.training)
-        if self._value is None or self._key != key:
-            with torch.no_grad():
-                self._value = self._noisy(stored) if self.training else self._quantized(stored)
-            self._key = key
-        return _StraightThrough.apply(stored, self._value)
+        return StraightThrough.apply(stored, self.cached(stored))
 
-    def forget(self) -> None:
-        """Compute what modules read anew when it is read next."""
-        self._value = self._key = None
+    def read(self, stored: Tensor) -> Tensor:
+        return self._noisy(stored) if self.training else self._quantized(stored)
 
     def _noisy(self, stored: Tensor) -> Tensor:
         technique, item, position = self._source
@@ -182,13 +170,3 @@ class NoisyBlocks(nn.Module):
         values = centroid_values(self.codebook, technique.scheme)
         codes = kmeans.assign(as_blocks(stored, item.block), values).to(stored.device)
         return decode_pq(codes, values, stored.shape).to(stored.dtype)
-
-
-class _StraightThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, stored: Tensor, value: Tensor) -> Tensor:
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0], None

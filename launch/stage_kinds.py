@@ -103,7 +103,7 @@ def problem(kind: str, config: StageConfig, before: Sequence[Spec]) -> tuple[str
     scheme = getattr(config, "scheme", "pq" if kind == "ipq" else "")
     if any(spec.kind == "lottery" for spec in before) and (scheme.startswith("pq") or scheme == "binary"):
         what = "codewords" if scheme.startswith("pq") else "two levels"
-        reason = f"{what} would fill the zeros of the lottery before it; valid: int8, int4, ternary"
+        reason = f"{what} would fill the zeros of the lottery before it; valid: int8, int4, ternary, lat"
         return ("scheme" if kind != "ipq" else "", f"{scheme} can't follow pruning, since {reason}")
     if before and before[-1].kind == "quant_noise" and kind in ("quantize", "ipq"):
         noise = before[-1].config.scheme
