@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from tenko_run import Done, tenko
+from toy_recipe import write_recipe
 
 from tenko.compression import read_artefact
 from tenko.nmt.corpus import Corpus
@@ -30,11 +30,7 @@ TRAIN: dict[str, Any] = {
 
 
 def run(directory: Path, tsv: Path, stages: list[Any], *overrides: str, workers: int = 2) -> Done:
-    data = {"train": str(tsv), "cache": str(tsv.parent / "cache"), "valid_size": 20, "test_size": 20, "vocab_size": 300}
-    model = {"encoder_layers": 1, "decoder_layers": 1, "embed_dim": 16, "ffn_dim": 32, "attention_heads": 2}
-    content = {"name": "toy", "workers": workers, "threads": 1, "data": data, "model": model, "stages": stages}
-    path = directory.with_suffix(".yaml")
-    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    path = write_recipe(directory.with_suffix(".yaml"), tsv, stages, workers=workers)
     return tenko("run", path, *overrides, "--run-dir", directory)
 
 

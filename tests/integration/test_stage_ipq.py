@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from tenko_run import Done, tenko
+from toy_recipe import write_recipe
 from toy_training import differing
 
 from tenko.compression import artefact_bytes, read_artefact
@@ -36,18 +36,8 @@ GROUPS = ["group-1-ffn", "group-2-embedding", "group-3-attention"]
 
 def run(directory: Path, tsv: Path, ipq: dict[str, Any], **train: Any) -> Done:
     """Train the toy with dropout and 3-bit gradients, and quantize it iteratively."""
-    data = {"train": str(tsv), "cache": str(tsv.parent / "cache"), "valid_size": 20, "test_size": 20, "vocab_size": 300}
-    model = {"encoder_layers": 1, "decoder_layers": 1, "embed_dim": 16, "ffn_dim": 32, "attention_heads": 2}
-    content = {
-        "name": "toy",
-        "workers": 2,
-        "threads": 1,
-        "data": data,
-        "model": {**model, "dropout": 0.1},
-        "stages": [{"train": {**TRAIN, **train}}, {"ipq": {"centroids": 16, **ipq}}],
-    }
-    path = directory.with_suffix(".yaml")
-    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    stages = [{"train": {**TRAIN, **train}}, {"ipq": {"centroids": 16, **ipq}}]
+    path = write_recipe(directory.with_suffix(".yaml"), tsv, stages)
     return tenko("run", path, "--run-dir", directory)
 
 

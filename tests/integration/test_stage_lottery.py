@@ -13,6 +13,7 @@ import yaml
 from safetensors.torch import load_file
 from tenko_run import Done, tenko
 from torch import Tensor
+from toy_recipe import write_recipe
 
 from tenko.compression import read_artefact
 from tenko.compression.masks import Masks
@@ -40,20 +41,8 @@ TICKET: dict[str, Any] = {"rounds": 2, "fraction": 0.3, "rewind_to": 6}
 
 
 def recipe(folder: Path, tsv: Path, *stages: dict[str, Any], workers: int = 2, **train: Any) -> Path:
-    """A recipe file that trains the toy with 3-bit gradients and dropout, and then goes through `stages`."""
-    data = {"train": str(tsv), "cache": str(tsv.parent / "cache"), "valid_size": 20, "test_size": 20, "vocab_size": 300}
-    model = {"encoder_layers": 1, "decoder_layers": 1, "embed_dim": 16, "ffn_dim": 32, "attention_heads": 2}
-    content = {
-        "name": "toy",
-        "workers": workers,
-        "threads": 1,
-        "data": data,
-        "model": {**model, "dropout": 0.1},
-        "stages": [{"train": {**TRAIN, **train}}, *stages],
-    }
-    path = folder / "toy.yaml"
-    path.write_text(yaml.safe_dump(content, sort_keys=False))
-    return path
+    """A recipe file that trains the toy, and then goes through `stages`."""
+    return write_recipe(folder / "toy.yaml", tsv, [{"train": {**TRAIN, **train}}, *stages], workers=workers)
 
 
 def run(path: Path, directory: Path) -> Done:

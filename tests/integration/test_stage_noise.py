@@ -12,6 +12,7 @@ import torch
 import yaml
 from tenko_run import Done, tenko
 from torch import Tensor
+from toy_recipe import write_recipe
 
 from tenko.compression import read_artefact
 from tenko.compression.config import QuantizeConfig
@@ -40,13 +41,8 @@ NOISE: dict[str, Any] = {"scheme": "int4", "p": 0.5, "activations": True, "train
 
 
 def recipe(folder: Path, tsv: Path, *stages: dict[str, Any], workers: int = 2, **top: Any) -> Path:
-    """A recipe file of the toy, with 3-bit gradients and dropout, that goes through `stages`."""
-    data = {"train": str(tsv), "cache": str(tsv.parent / "cache"), "valid_size": 20, "test_size": 20, "vocab_size": 300}
-    model = {"encoder_layers": 1, "decoder_layers": 1, "embed_dim": 16, "ffn_dim": 32, "attention_heads": 2}
-    content = {"name": "toy", "workers": workers, "threads": 1, "data": data, "model": {**model, "dropout": 0.1}, **top}
-    path = folder / "toy.yaml"
-    path.write_text(yaml.safe_dump({**content, "stages": list(stages)}, sort_keys=False))
-    return path
+    """A recipe file of the toy that goes through `stages`."""
+    return write_recipe(folder / "toy.yaml", tsv, stages, workers=workers, **top)
 
 
 def run(path: Path, directory: Path) -> Done:
