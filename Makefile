@@ -71,7 +71,9 @@ wheel: venv
 	$(PYTHON) -m venv build/empty
 	build/empty/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt $(TORCH_ARGS) torch==2.13.0
 	build/empty/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt build/wheel/tenko-*.whl
-	cd build && empty/bin/tenko run tiny --run-dir wheel/run && echo "the wheel runs"
+	cd build && empty/bin/tenko run tiny --run-dir wheel/run
+	cd build && echo "The file could not be opened." | TENKO_CACHE=wheel/cache empty/bin/tenko translate en-cs
+	@echo "the wheel runs"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
