@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 
 from tenko.launch.rundir import RunDirectory
-from tenko.launch.stage_tools import HYPOTHESES
+from tenko.launch.stage_results import HYPOTHESES
 from tenko.nmt.significance import paired_bootstrap
 
 ROOT = Path(__file__).resolve().parents[1]

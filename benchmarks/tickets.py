@@ -25,7 +25,7 @@ from tenko.compression import lottery
 from tenko.compression.config import LotteryConfig
 from tenko.launch.lottery_report import Series, png, tickets_figure
 from tenko.launch.rundir import RESULT, RunDirectory
-from tenko.launch.stage_tools import HYPOTHESES
+from tenko.launch.stage_results import HYPOTHESES
 from tenko.nmt.config import TrainConfig
 from tenko.nmt.prepare import prepare
 from tenko.nmt.significance import Difference, paired_bootstrap

@@ -17,7 +17,8 @@ from tenko.nmt.engines import Engine
 
 from .rundir import ARTEFACT, StageContext
 from .stage_kinds import ExportConfig
-from .stage_tools import measure, open_corpus, read_model, start
+from .stage_results import measure
+from .stage_tools import open_corpus, read_model, start
 
 
 def run_export(context: StageContext) -> None:

@@ -26,7 +26,9 @@ from tenko.nmt.trainer import load_weights
 
 from .rundir import StageContext
 from .stage_kinds import IpqStage
-from .stage_tools import check_patterns, open_corpus, previous_model, start, train_model, write_and_measure
+from .stage_results import write_and_measure
+from .stage_tools import check_patterns, open_corpus, previous_model, start
+from .stage_training import train_model
 
 QUANTIZED = "quantized"
 

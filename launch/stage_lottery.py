@@ -34,7 +34,9 @@ from tenko.nmt.trainer import Trainer, load_weights
 from .files import read_json, write_json_atomic
 from .lottery_report import ROW, write_plots
 from .rundir import ARTEFACT, CHECKPOINTS, RESULT, RunDirectory, StageContext
-from .stage_tools import HYPOTHESES, check_patterns, open_corpus, read_model, start, train_model, write_and_measure
+from .stage_results import HYPOTHESES, write_and_measure
+from .stage_tools import check_patterns, open_corpus, read_model, start
+from .stage_training import train_model
 
 MASKS = "masks.safetensors"
 

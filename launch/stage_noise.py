@@ -20,7 +20,9 @@ from tenko.nmt import distributed
 
 from .rundir import StageContext
 from .stage_kinds import QuantNoiseStage
-from .stage_tools import check_patterns, open_corpus, previous_model, start, train_model, write_and_measure
+from .stage_results import write_and_measure
+from .stage_tools import check_patterns, open_corpus, previous_model, start
+from .stage_training import train_model
 
 
 def run_quant_noise(context: StageContext) -> None:

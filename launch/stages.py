@@ -23,16 +23,9 @@ from .stage_ipq import run_ipq
 from .stage_kinds import PretrainedConfig
 from .stage_lottery import run_lottery
 from .stage_noise import run_quant_noise, run_quantize
-from .stage_tools import (
-    check_patterns,
-    measure,
-    open_corpus,
-    pretrained_folder,
-    previous_model,
-    start,
-    train_model,
-    write_and_measure,
-)
+from .stage_results import measure, write_and_measure
+from .stage_tools import check_patterns, open_corpus, pretrained_folder, previous_model, start
+from .stage_training import train_model
 
 
 def run_train(context: StageContext) -> None:
