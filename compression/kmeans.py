@@ -50,12 +50,15 @@ def fit(blocks: Tensor, centroids: int, *, seed: int, iterations: int = 25, star
 
 
 def assign(blocks: Tensor, centroids: Tensor) -> Tensor:
-    """The number of the nearest centroid of each block, int64 [blocks], on the CPU.
+    """The number of the nearest centroid of each block, int64 [blocks], on the CPU; of blocks on a GPU, there.
 
     Args:
         blocks: [blocks, width], finite.
-        centroids: [K, width].
+        centroids: [K, width], on the same device.
     """
+    if blocks.is_cuda:  # without waiting for it
+        scores = torch.addmm(centroids.float().square().sum(1), blocks.float(), centroids.float().T, alpha=-2)
+        return scores.argmin(1)
     return torch.from_numpy(_nearest(_numpy(blocks), _numpy(centroids))[1])
 
 

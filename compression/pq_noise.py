@@ -2,9 +2,10 @@
 
 A block becomes its codeword (`noise: codeword`) or zeros (`noise: zero`, the paper's cheap proxy); gradients pass
 straight through to all stored weights. The mask is drawn once an update by (seed, update, weight), for all ranks and
-micro-batches. k-means is too slow for every update: codes and codebooks are fitted at the first one and every
-`refit_interval`, from the codebooks so far, and kept in between. Evaluation reads all blocks quantized, by the nearest
-of the codebook's centroids at that moment; with zeros it reads exact weights.
+micro-batches. k-means is too slow for every update: codebooks are fitted at the first one and every `refit_interval`,
+from the codebooks so far, and kept in between. Codes follow the weights at each update, of the blocks that it replaces:
+were they kept too, blocks would read the same however far their weights had moved, and at p = 1 weights run away.
+Evaluation reads all blocks quantized, by the nearest centroid at that moment; with zeros it reads exact weights.
 
 The trained weights stay dense (`bake` leaves them exact): post-training or iterative product quantization follows.
 
@@ -87,11 +88,11 @@ class PqNoise:
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        """Codes and codebooks by name, as of the last refit; {} before it, and with zeros."""
+        """Codebooks by name, as of the last refit; {} before it, and with zeros."""
         return {
-            item.weight.name: {"codes": reader.codes.cpu(), "codebook": reader.codebook.cpu()}
+            item.weight.name: reader.codebook.cpu()
             for item, reader in zip(self._attached, self._readers, strict=True)
-            if reader.codes is not None and reader.codebook is not None
+            if reader.codebook is not None
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -99,13 +100,12 @@ class PqNoise:
         assert not state or set(state) == {item.weight.name for item in self._attached}, "of other weights"
         self._forget()
         for item, reader in zip(self._attached, self._readers, strict=True):
-            device, kept = item.weight.tensor.device, state.get(item.weight.name)
-            reader.codes = None if kept is None else kept["codes"].to(device)
-            reader.codebook = None if kept is None else kept["codebook"].to(device)
+            kept = state.get(item.weight.name)
+            reader.codebook = None if kept is None else kept.to(item.weight.tensor.device)
 
     @property
     def _fitted(self) -> bool:
-        return all(reader.codes is not None for reader in self._readers)
+        return all(reader.codebook is not None for reader in self._readers)
 
     def _fit(self) -> None:
         starts = [reader.codebook for reader in self._readers]
@@ -116,8 +116,8 @@ class PqNoise:
             seed=self.seed,
             starts=[start for start in starts if start is not None] if self._fitted else None,
         )
-        for reader, (codes, codebook) in zip(self._readers, fitted, strict=True):
-            reader.codes, reader.codebook = codes, codebook
+        for reader, (_, codebook) in zip(self._readers, fitted, strict=True):
+            reader.codebook = codebook
 
     def _forget(self) -> None:
         for reader in self._readers:
@@ -135,19 +135,17 @@ class PqNoise:
 class NoisyBlocks(Reader):
     """Gives what modules read of one weight, gradients straight through."""
 
-    codes: Tensor | None
-    """uint8 [rows, columns / block]; plain attributes, since DDP would broadcast buffers and checkpoints save them."""
     codebook: Tensor | None
-    """fp32 [K, block]."""
+    """fp32 [K, block]; a plain attribute, since DDP would broadcast a buffer and checkpoints save it."""
 
     def __init__(self, technique: PqNoise, item: Blocks, position: int) -> None:
         super().__init__()
         self._source = (technique, item, position)  # in a tuple: its parameter must not be registered here too
-        self.codes = self.codebook = None
+        self.codebook = None
 
     def forward(self, stored: Tensor) -> Tensor:
         zero = self._source[0].config.pq.noise == "zero"
-        if (zero and not self.training) or (not zero and self.codes is None):  # not fitted before the first update
+        if (zero and not self.training) or (not zero and self.codebook is None):  # not fitted before the first update
             return stored
         return StraightThrough.apply(stored, self.cached(stored))
 
@@ -157,12 +155,18 @@ class NoisyBlocks(Reader):
     def _noisy(self, stored: Tensor) -> Tensor:
         technique, item, position = self._source
         mask = technique._mask(item, position)[:, None]
+        if self.codebook is None:
+            return torch.where(mask, 0.0, as_blocks(stored, item.block)).reshape(stored.shape)
         blocks = as_blocks(stored, item.block)
-        if self.codes is None or self.codebook is None:
-            return torch.where(mask, 0.0, blocks).reshape(stored.shape)
         values = centroid_values(self.codebook, technique.scheme)
-        codewords = decode_pq(self.codes, values, blocks.shape)
-        return torch.where(mask, codewords.to(stored.dtype), blocks).reshape(stored.shape)
+        if stored.is_cuda:  # all of them, rather than wait to know which
+            codewords = values[kmeans.assign(blocks, values)].to(stored.dtype)
+            return torch.where(mask, codewords, blocks).reshape(stored.shape)
+        blocks = blocks.clone()
+        chosen = mask.squeeze(1).nonzero().squeeze(1)
+        codes = kmeans.assign(blocks[chosen], values).to(stored.device)
+        blocks[chosen] = values[codes].to(stored.dtype)
+        return blocks.reshape(stored.shape)
 
     def _quantized(self, stored: Tensor) -> Tensor:
         technique, item, _ = self._source

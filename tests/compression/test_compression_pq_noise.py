@@ -68,7 +68,9 @@ def test_noise_replaces_a_fraction_of_whole_blocks_and_leaves_stored_weights(sma
             assert not read[changed].any()
         else:
             reader = model.encoder.embed_tokens.parametrizations.weight[0]
-            codewords = centroid_values(reader.codebook, "pq")[reader.codes.reshape(-1).long()]
+            values = centroid_values(reader.codebook, "pq")
+            original = model.encoder.embed_tokens.parametrizations.weight.original.detach().reshape(-1, 8)
+            codewords = values[torch.cdist(original.double(), values.double()).argmin(1)]
             assert torch.equal(read[changed], codewords[changed])
         technique.after_update(update)
     assert sum(fractions) / 20 == pytest.approx(0.2, abs=0.02)
@@ -169,6 +171,22 @@ def test_codebooks_are_fitted_again_at_the_interval_and_not_between(small_corpus
         technique.after_update(update)
     same = [torch.equal(one, next) for one, next in pairwise(fitted)]
     assert same == [True, True, False, True, True, False]
+
+
+def test_codewords_follow_weights_that_move_between_refits(small_corpus: Corpus) -> None:
+    technique = noise(1.0, refit_interval=100)
+    model = attached(small_corpus, technique)
+    fc1 = model.encoder.layers[0].fc1
+    technique.before_update(0)
+    first = weight(model, "encoder.layers.0.fc1")
+    with torch.no_grad():
+        fc1.parametrizations.weight.original.neg_()
+    technique.after_update(0)
+    technique.before_update(1)
+    second = weight(model, "encoder.layers.0.fc1")
+    original = fc1.parametrizations.weight.original.detach()
+    assert (second - original).norm() < 0.9 * original.norm()
+    assert (first - original).norm() > 1.5 * original.norm(), "what was read before was of the weights before"
 
 
 def test_bake_leaves_exact_weights_plain_tied_and_dense(small_corpus: Corpus) -> None:
