@@ -56,9 +56,7 @@ def noise(corpus: Corpus, folder: Path) -> dict[str, torch.Tensor]:
     model, technique = toy_model(corpus), PqNoise(NOISE, seed=3)
     technique.attach(model)
     trained = train(corpus, folder, model, technique, updates=4)
-    for name, kept in technique.state_dict().items():
-        trained |= {f"{name}/{key}": value for key, value in kept.items()}
-    return trained
+    return trained | {f"{name}/codebook": codebook for name, codebook in technique.state_dict().items()}
 
 
 def train(corpus: Corpus, folder: Path, model: nn.Module, technique: Any, updates: int = 2) -> dict[str, torch.Tensor]:

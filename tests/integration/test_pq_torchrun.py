@@ -46,9 +46,6 @@ def test_two_ranks_agree_and_quantize_and_train_as_one_process_does(
         for name, tensor in one[scenario].items():
             if "k_proj.bias" in name:  # softmax does not see it: its gradient is rounding, which Adam makes large
                 continue
-            if name.endswith("/codes"):
-                assert float((tensor == two[scenario][name]).float().mean()) > 0.98, name
-                continue
             torch.testing.assert_close(
                 two[scenario][name], tensor, rtol=1e-3, atol=2e-5, msg=lambda m, n=f"{scenario} {name}": f"{n}: {m}"
             )
