@@ -10,8 +10,8 @@ c = 0. One bit (m = 1) is the sign times the block's mean magnitude: it is biase
 Choices of our own, beside the paper's:
 - Blocks are small, 128 elements: a row of a small model's matrices. Rows of an embedding's gradient differ by orders of
   magnitude (frequent and rare words); under one scale the clip cuts the large ones and the rounding drowns the small
-  ones, which Adam then divides by the noise. (The small model's embedding, error of 3/4 bits weighted by Adam's second moment:
-  84 in blocks of 1024, 0.12 in blocks of 128, by `benchmarks/gradients.py`.)
+  ones, which Adam then divides by the noise. (The small model's embedding, error of 3/4 bits weighted by Adam's second
+  moment: 84 in blocks of 1024, 0.12 in blocks of 128, by `benchmarks/gradients.py`.)
 - So a scale must be cheap: 8 blocks are a span, which has one exponent (a byte), and a block's scale is 2^(-q/8) of it,
   q a byte, rounded up by at most 9 %, so that nothing is clipped that c does not clip.
 - sigma = sqrt(sum x^2 / number of elements that are not zero), over the block, the row that the block begins in, or
