@@ -27,7 +27,7 @@ QUANTIZATIONS = {"int8": "int8", "int16": "int16", "fp32": "float32"}
 
 BATCH_TOKENS = 512
 """Source tokens of a batch, padding included, where `DecodeConfig.max_tokens` allows as many."""
-MAPPED_BATCH_TOKENS = 128
+MAPPED_BATCH_TOKENS = 256
 """The same with a vocabulary map and a beam."""
 MAX_TARGET_TOKENS = 1023
 """Where positions of the decoder end."""
