@@ -190,7 +190,8 @@ def write(todo: list[Cell], args: argparse.Namespace) -> None:
     lines = [
         "# What each way to quantize costs",
         "",
-        f"`python benchmarks/compression.py --model {args.model} --updates {args.updates} --attention {args.attention} "
+        f"`python benchmarks/compression.py --model {args.model} --direction {args.direction} --updates {args.updates} "
+        f"--attention {args.attention} "
         f"--seeds {seeds}`, commit {settings['commit']}. All begin with the same trained model; each path of training "
         f"has {args.updates} updates. Bytes are of the file, BLEU of the model read back from it, on "
         f"{rows[0]['sentences'] if rows else 0} sentences; the difference is from the model trained as long in fp32, "
