@@ -170,7 +170,9 @@ def test_post_training_quantization_by_every_scheme(whole: Path, tmp_path: Path,
     quantizer = make_quantizer(QuantizeConfig(scheme=scheme, granularity="tensor"))  # type: ignore[arg-type]
     for name, weight in trained.items():
         packed = is_matrix(name, weight) and "embed" not in name and "output_projection" not in name
-        assert torch.equal(state[name], decode(quantizer.quantize(weight)) if packed else weight), name
+        expected = decode(quantizer.quantize(weight)) if packed else weight
+        # Two processes, whose sums over a tensor may differ in the last bit (seen once, of LAT's alpha).
+        torch.testing.assert_close(state[name], expected, rtol=1e-6, atol=0, msg=name)
         if name in metadata["tensors"]:
             assert (metadata["tensors"][name]["scheme"] != "dense") == packed, name
     assert json.loads((tmp_path / "run/2-quantize/result.json").read_text())["scheme"] == scheme
