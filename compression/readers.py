@@ -6,13 +6,14 @@ since torch's fused AdamW and a parameter server's owners write weights without 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
-class Reader(nn.Module):
+class Reader(nn.Module, ABC):
     """Parametrization, one instance for all sites of a weight. Subclasses say in `read` what modules get."""
 
     def __init__(self) -> None:
@@ -21,9 +22,9 @@ class Reader(nn.Module):
         self._value: Tensor | None = None
         self._key: tuple[object, ...] | None = None
 
+    @abstractmethod
     def read(self, stored: Tensor) -> Tensor:
         """What modules read of the stored weight now; called without gradients."""
-        raise NotImplementedError
 
     def cached(self, stored: Tensor) -> Tensor:
         """`read`, or what it gave last for the same weight in the same mode."""

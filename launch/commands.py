@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from tenko.nmt.config import DecodeConfig, TrainConfig
+from tenko.nmt.config import DecodeConfig
 
 from .errors import INTERNAL, RunFailed, internal, is_users
-from .recipe import Recipe, load
+from .recipe import Recipe, decode_config, load
 from .rundir import LOGS, REPORT, RunDirectory, RunLock
 from .spawn import last_update, limit_threads, raise_on_signals, run_workers
 from .summary import samples_lines, stage_table
@@ -105,10 +105,9 @@ def _print_outcome(state: RunDirectory) -> None:
     print(f"\nReport: {state.path / REPORT}")
 
 
-def decode_config(recipe: Recipe | None, beam: int | None) -> DecodeConfig:
+def _decode(recipe: Recipe | None, beam: int | None) -> DecodeConfig:
     """Beam search as the recipe trains with, `beam` over it."""
-    configs = [spec.config.decode for spec in recipe.stages if isinstance(spec.config, TrainConfig)] if recipe else []
-    base = configs[0] if configs else DecodeConfig()
+    base = decode_config(recipe) if recipe else DecodeConfig()
     return base if beam is None else dataclasses.replace(base, beam=beam)
 
 
@@ -140,7 +139,7 @@ def translate(
 
     chosen = choose(model, run_dir, stage)
     translator = _engine(chosen, engine, threads, device)
-    decode = decode_config(chosen.recipe, beam)
+    decode = _decode(chosen.recipe, beam)
     for lines in read_chunks(sys.stdin.buffer):
         for line in translator.translate(lines, decode=decode):
             sys.stdout.buffer.write(line.encode("utf-8") + b"\n")
@@ -206,7 +205,7 @@ def evaluate(
 
     english, czech = [list(side) for side in zip(*pairs, strict=True)]
     sources, references = (english, czech) if translator.direction == "en-cs" else (czech, english)
-    decode = decode_config(chosen.recipe, beam)
+    decode = _decode(chosen.recipe, beam)
     with Reporter(enabled=not as_json and sys.stdout.isatty()) as reporter:
         reporter.start(f"translating {test.name}", len(sources))
         scores = score(translator, sources, references, decode, lambda done, total: reporter.advance(done))
@@ -242,7 +241,7 @@ def export(
     """`tenko export`: write the artefact for another program and print where."""
     from .models import choose
 
-    chosen = choose(model, run_dir, stage)
+    chosen = choose(model, run_dir, stage, exported=False)
     if not chosen.is_artefact:
         raise ValueError(f"{chosen.folder}: is exported already; give an artefact")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

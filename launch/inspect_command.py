@@ -37,7 +37,7 @@ def inspect(path: Path | None, run_dir: Path | None, stage: str | None, *, all_t
         raise ValueError("inspect: give a model file or an artefact's folder, or a run directory with --run")
     if stage is not None and run_dir is None:
         raise ValueError("--stage: names a stage of a run; give the run directory with --run")
-    artefact = path if run_dir is None else RunDirectory.read(run_dir).artefact(stage)
+    artefact = path if run_dir is None else RunDirectory.read(run_dir).artefact(stage, exported=False)
     assert artefact is not None
     from tenko.compression.contents import grouped, read_contents
 

@@ -34,8 +34,8 @@ class Chosen:
         return not (self.folder / CARD).is_file()
 
 
-def choose(model: str | None, run_dir: Path | None, stage: str | None) -> Chosen:
-    """The model that a command's MODEL, or --run and --stage, mean.
+def choose(model: str | None, run_dir: Path | None, stage: str | None, *, exported: bool = True) -> Chosen:
+    """The model that a command's MODEL, or --run and --stage, mean; with `exported` False never an export by default.
 
     Raises:
         ValueError: neither or both are given, or there is no such model; names what is valid.
@@ -47,8 +47,8 @@ def choose(model: str | None, run_dir: Path | None, stage: str | None) -> Chosen
         raise ValueError(f"give MODEL ({names}, for instance) or --run DIR: {what}")
     if run_dir is not None:
         state = RunDirectory.read(run_dir)
-        artefact = state.artefact(stage)
-        name = state.find_stage(stage).name.partition("-")[2]
+        artefact = state.artefact(stage, exported=exported)
+        name = state.find_stage(stage, exported=exported).name.partition("-")[2]
         return Chosen(folder=artefact, recipe=state.recipe, stage=name, cache=None)
     assert model is not None
     if stage is not None:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import yaml
 
 from tenko.comm.config import CommConfig
-from tenko.nmt.config import DataConfig, ModelConfig, require
+from tenko.nmt.config import DataConfig, DecodeConfig, ModelConfig, TrainConfig, require
 
 from .bundled import bundled
 from .settings import Node, Problems, build, describe, join, parse, unknown_key
@@ -71,6 +71,12 @@ class Recipe:
 
 
 _TOP_KEYS = [item.name for item in dataclasses.fields(Recipe)]
+
+
+def decode_config(recipe: Recipe) -> DecodeConfig:
+    """Beam search as the recipe's first training validates with; the default where nothing is trained."""
+    configs = [getattr(spec.config, "train", spec.config) for spec in recipe.stages]
+    return next((config.decode for config in configs if isinstance(config, TrainConfig)), DecodeConfig())
 
 
 def load(path_or_name: str, overrides: tuple[str, ...] | list[str] = ()) -> Recipe:

@@ -135,8 +135,9 @@ class RunDirectory:
             raise ValueError(f"{self.stage_directory(index) / RESULT}: damaged: not an object")
         return result
 
-    def find_stage(self, name: str | None) -> Path:
-        """Folder of a finished stage; the last finished one that tenko can translate with when `name` is None.
+    def find_stage(self, name: str | None, *, exported: bool = True) -> Path:
+        """Folder of a finished stage; the last finished one that tenko can translate with when `name` is None, with
+        `exported` False the last one that is no export.
 
         Raises:
             ValueError: no such stage, or not finished; names those that are.
@@ -146,7 +147,11 @@ class RunDirectory:
             raise ValueError(f"{self.path}: no stage is finished yet; `tenko run` goes on with it")
         if name is None:
             stages = self.recipe.stages
-            own = [i for i in finished.values() if getattr(stages[i].config, "format", "") != "fairseq"]
+            own = [
+                i
+                for i in finished.values()
+                if stages[i].kind != "export" or (exported and stages[i].config.format != "fairseq")  # type: ignore[union-attr]
+            ]
             return self.stage_directory(max(own or finished.values()))
         if name not in finished:
             known = any(spec.name == name for spec in self.recipe.stages)
@@ -154,9 +159,9 @@ class RunDirectory:
             raise ValueError(f"--stage: {what} in {self.path}; finished: {', '.join(finished)}")
         return self.stage_directory(finished[name])
 
-    def artefact(self, name: str | None) -> Path:
+    def artefact(self, name: str | None, *, exported: bool = True) -> Path:
         """Folder of a finished stage's artefact. Raises: ValueError as `find_stage`, or when it is gone."""
-        artefact = self.find_stage(name) / ARTEFACT
+        artefact = self.find_stage(name, exported=exported) / ARTEFACT
         if not artefact.is_dir():
             raise ValueError(f"{artefact}: missing; delete {artefact.parent / RESULT} and run again to rebuild it")
         return artefact

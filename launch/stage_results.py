@@ -13,24 +13,19 @@ import torch
 from torch import nn
 
 from tenko.compression import Technique, artefact_bytes, write_artefact
-from tenko.nmt.config import DecodeConfig, ModelConfig, TrainConfig
+from tenko.nmt.config import ModelConfig
 from tenko.nmt.corpus import Corpus
 from tenko.nmt.engines import Engine
 from tenko.nmt.translate import Translator
 
 from .files import write_json_atomic, write_text_atomic
+from .recipe import decode_config
 from .rundir import ARTEFACT, StageContext
 
 SAMPLES = 8
 """Translations of unseen sentences kept in a result."""
 HYPOTHESES = "hypotheses.txt"
 """The artefact's translations of the test split, beside result.json: for paired tests of significance."""
-
-
-def decode_config(context: StageContext) -> DecodeConfig:
-    """Beam search as the recipe's first training validates with."""
-    configs = [getattr(spec.config, "train", spec.config) for spec in context.recipe.stages]
-    return next((config.decode for config in configs if isinstance(config, TrainConfig)), DecodeConfig())
 
 
 def write_and_measure(
@@ -96,7 +91,7 @@ def measure(
     folder, title = folder or context.directory, title or context.stage.name
     translator = engine or Translator.load(folder / ARTEFACT, device=device)
     source, target = (("en", "cs").index(lang) for lang in translator.direction.split("-"))
-    texts, decode, reporter = corpus.text("test"), decode_config(context), context.reporter
+    texts, decode, reporter = corpus.text("test"), decode_config(context.recipe), context.reporter
     reporter.start(f"{title}: translating the test split", len(texts[source]))
     scores = evaluate(translator, texts[source], texts[target], decode, lambda done, total: reporter.advance(done))
     reporter.finish()

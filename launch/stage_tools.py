@@ -100,7 +100,12 @@ def pretrained_folder(config: PretrainedConfig, direction: str) -> Path:
     from tenko.nmt import pretrained
 
     name = config.model or direction
-    return Path(name) if Path(name).is_dir() else pretrained.path(name)
+    if name in pretrained.pretrained():
+        return pretrained.path(name)
+    if not Path(name).is_dir():
+        valid = ", ".join([*pretrained.pretrained(), "the folder of an artefact"])
+        raise ValueError(f"pretrained.model: {name}: no such model; valid: {valid}")
+    return Path(name)
 
 
 def read_model(folder: Path) -> tuple[nn.Module, ModelConfig]:

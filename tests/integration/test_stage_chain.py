@@ -109,4 +109,4 @@ def test_a_pretrained_model_of_the_other_direction_is_refused(chain: Path, small
     assert "translates en-cs, the recipe cs-en" in done.errors[0]
     done = run(tmp_path / "none", small_tsv, [{"pretrained": {"model": "cs-pl"}}], workers=1)
     assert done.code == 2
-    assert "cs-pl: no model of that name ships with tenko; valid: " in done.errors[0]
+    assert "pretrained.model: cs-pl: no such model; valid: " in done.errors[0]

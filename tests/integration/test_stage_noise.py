@@ -171,7 +171,8 @@ def test_post_training_quantization_by_every_scheme(whole: Path, tmp_path: Path,
     for name, weight in trained.items():
         packed = is_matrix(name, weight) and "embed" not in name and "output_projection" not in name
         expected = decode(quantizer.quantize(weight)) if packed else weight
-        # Two processes, whose sums over a tensor may differ in the last bit (seen once, of LAT's alpha).
+        # LAT: numba's code fresh from its compiler and the same from its cache add up in another order, so that two
+        # processes, one of which has compiled it, may find an alpha that differs in the last bit.
         torch.testing.assert_close(state[name], expected, rtol=1e-6, atol=0, msg=name)
         if name in metadata["tensors"]:
             assert (metadata["tensors"][name]["scheme"] != "dense") == packed, name
