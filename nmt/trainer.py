@@ -109,6 +109,8 @@ class Trainer:
             self.engine = engine(module, self.optimizer, self.precision)
             self.wrapped = self.engine.wrapped
         self.updates = 0
+        self.stopped = False
+        """Whether `should_stop` has ended the last `run`."""
         self.best = Best()
         self.seconds = 0.0
         """Time spent in updates, validations and checkpoints left out; survives a resume."""
@@ -183,6 +185,8 @@ class Trainer:
         validate: Callable[[], Validation],
         on_metrics: Callable[[dict[str, Any]], None] = lambda figures: None,
         on_update: Callable[[int], None] = lambda update: None,
+        on_phase: Callable[[str], None] = lambda phase: None,
+        should_stop: Callable[[int], bool] = lambda update: False,
     ) -> None:
         """Train to `max_update`, or until BLEU has not risen for `patience` validations.
 
@@ -190,12 +194,16 @@ class Trainer:
             validate: validation loss and BLEU of the model as it is, the same on all ranks; called on every rank.
             on_metrics: takes a line of figures (a `kind` of train or valid), called on every rank.
             on_update: told the number of each finished update.
+            on_phase: told what begins: `update`, `validate` or `save`.
+            should_stop: asked after each update but the last, with its number; the same on all ranks. At a yes the
+                update is saved and `stopped` is set.
         """
         config = self.config
         self.model.train()
         if self.updates == 0 and 0 in config.keep_updates:
             self.save()
         while self.updates < config.max_update and not self.stopped_early:
+            on_phase("update")
             started = time.perf_counter()
             self.update()
             last = self.updates == config.max_update
@@ -206,10 +214,15 @@ class Trainer:
             else:
                 self.seconds += time.perf_counter() - started
             if self.updates % config.valid_interval == 0 or last:
+                on_phase("validate")
                 on_metrics(self._validate(validate))
+            self.stopped = not last and should_stop(self.updates)
             due = self.updates % config.save_interval == 0 or self.updates in config.keep_updates
-            if due or last or self.stopped_early:
+            if due or last or self.stopped_early or self.stopped:
+                on_phase("save")
                 self.save()
+            if self.stopped:
+                return
 
     @property
     def stopped_early(self) -> bool:

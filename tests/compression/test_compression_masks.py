@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -388,6 +389,5 @@ def test_ranks_agree_on_masks_and_the_wire_carries_zeros(tmp_path: Path, wire: s
         timeout=120,
         check=False,
     )
-    assert sorted(line for line in done.stdout.splitlines() if line.startswith("holds")) == ["holds: 0", "holds: 1"], (
-        done.stderr[-3000:]
-    )
+    # Not by lines: two ranks on one pipe may print theirs as one.
+    assert sorted(re.findall(r"holds: (\d)", done.stdout)) == ["0", "1"], done.stderr[-3000:]

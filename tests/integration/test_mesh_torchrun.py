@@ -41,7 +41,8 @@ def test_messages_arrive_and_errors_name_the_rank(ranks: int) -> None:
 
 def test_a_killed_rank_is_named_on_all_the_others() -> None:
     done = torchrun(3, "names_the_dead")
-    assert {"held on rank 0", "held on rank 2"} <= set(done.stdout.splitlines()), done.stderr[-3000:]
+    # Not by lines: two ranks on one pipe may print theirs as one.
+    assert all(f"held on rank {rank}" in done.stdout for rank in (0, 2)), done.stderr[-3000:]
 
 
 def test_the_address_is_loopback_unless_one_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
