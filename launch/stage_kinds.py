@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 from tenko.compression.config import IpqConfig, LotteryConfig, QuantizeConfig, QuantNoiseConfig
 from tenko.nmt.config import DistillConfig, TrainConfig, require
 
-NOT_INHERITED = ("keep_updates", "engine", "zero_stage", "distill")
+NOT_INHERITED = ("keep_updates", "engine", "zero_stage", "profile", "distill")
 """Keys of `train` in a later stage that take their own default, not what the stage train says."""
 
 

@@ -26,7 +26,7 @@ from tenko.compression.config import LotteryConfig
 from tenko.compression.masks import Masks, PrunedWeights, share
 from tenko.compression.pruning import prunable
 from tenko.nmt import checkpoint, distributed
-from tenko.nmt.config import ModelConfig, TrainConfig
+from tenko.nmt.config import ModelConfig, ProfileConfig, TrainConfig
 from tenko.nmt.corpus import Corpus
 from tenko.nmt.fairseq_bridge import build_model
 from tenko.nmt.trainer import Trainer, load_weights
@@ -91,7 +91,7 @@ class _Stage:
         assert isinstance(training, TrainConfig)
         kept = (config.rewind_to,) if config.control == "stabilised" else ()
         # Trackers take one training a stage; rounds have their metrics.jsonl.
-        training = dataclasses.replace(training, keep_updates=kept, trackers=())
+        training = dataclasses.replace(training, keep_updates=kept, trackers=(), profile=ProfileConfig())
         other = next((i for i, spec in enumerate(stages[:own]) if spec.name == config.masks_of), None)
         masks_of = None if other is None else run.stage_directory(other)
         return cls(context, config, training, run.stage_directory(train), masks_of)

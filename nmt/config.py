@@ -127,6 +127,16 @@ class DistillConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProfileConfig:
+    updates: tuple[int, ...] = ()
+    """The first and the last update to record, a trace for each rank; none records nothing."""
+
+    def __post_init__(self) -> None:
+        good = len(self.updates) in (0, 2) and [*self.updates] == sorted(self.updates) and min(self.updates or (1,)) > 0
+        require(good, "updates", f"must be [] or [FROM, TO], FROM at least 1, is {[*self.updates]}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     max_update: int = 2000
     """Updates (optimizer steps) in all."""
@@ -180,6 +190,8 @@ class TrainConfig:
     """Stop after this many validations without a better BLEU; 0 never stops early."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Where figures go beside metrics.jsonl; `pip install tenko[trackers]` brings TensorBoard."""
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    """What to record for a look at single updates; a run that goes on may have another."""
     distill: DistillConfig = field(default_factory=DistillConfig)
     """Knowledge distillation from the stage before."""
     decode: DecodeConfig = field(default_factory=DecodeConfig)
