@@ -72,13 +72,14 @@ def _run_here(state: RunDirectory, first: int) -> None:
     """One worker: in this process. What it logs goes to a file, as workers' logs do."""
     limit_threads(state.recipe.threads, 1)
     from . import worker
+    from .job import Job
 
     log_dir = state.path / LOGS
     log_dir.mkdir(exist_ok=True)
     log = log_dir / "worker-0.log"
     logging.basicConfig(filename=log, filemode="w", format="%(asctime)s %(name)s %(levelname)s: %(message)s")
     try:
-        worker.run_stages(state, rank=0, first=first, resume=state.is_begun(first))
+        worker.run_stages(state, job=Job(), first=first, resume=state.is_begun(first))
     except Exception as error:
         logging.getLogger().error("the run failed", exc_info=True)
         if is_users(error):

@@ -1,7 +1,7 @@
 """How a failure becomes one line and an exit code.
 
 2: what the user can mend (ValueError, OSError), a worker that was killed. 1: an error of ours, with a traceback in the
-run's logs. 130 and 143: ended by Ctrl-C or SIGTERM.
+run's logs. 130 and 143: ended by Ctrl-C or SIGTERM. 75: stopped on notice and saved, to go on later.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import signal
 from pathlib import Path
 
 BAD_INPUT, INTERNAL, INTERRUPTED = 2, 1, 130
+STOPPED = 75
+"""EX_TEMPFAIL of sysexits.h: what the same command goes on with."""
 
 _PEER_WORDS = ("gloo", "nccl", "connection", "peer", "socket", "tcpstore", "process group", "broken pipe")
 
@@ -34,6 +36,18 @@ class Terminated(BaseException):
     def __init__(self, number: int) -> None:
         super().__init__(f"ended by {signal.Signals(number).name}")
         self.code = 128 + number
+
+
+class Stopped(Exception):
+    """A notice ended the training after an update that was saved.
+
+    Args:
+        update: the update.
+    """
+
+    def __init__(self, update: int) -> None:
+        super().__init__(f"stopped on notice, saved at update {update}; the same command goes on from there")
+        self.update = update
 
 
 def is_users(error: BaseException) -> bool:

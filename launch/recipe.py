@@ -50,7 +50,10 @@ class Recipe:
     workers: int = 1
     """torchrun processes this machine starts; 1 runs in one process."""
     threads: int = 0
-    """CPU threads a worker; 0 divides the machine's cores by the workers. The one setting a resumed run may change."""
+    """CPU threads a worker; 0 divides the machine's cores by the workers. A run that goes on may have another."""
+    hang_timeout: float = 600.0
+    """Seconds within an update after which a worker that shows no sign of life is ended, its stacks in the logs; 0
+    never. A run that goes on may have another."""
     zstd: int | None = None
     """Compress artefacts' files with zstd at this level, 1 to 22; null stores them plain."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -66,6 +69,7 @@ class Recipe:
         require(bool(_NAME.fullmatch(self.name)), "name", f"letters, digits, - and _ only, is {self.name!r}")
         require(0 <= self.seed < 2**63, "seed", f"must be 0 to 2^63 - 1, is {self.seed}")
         require(1 <= self.workers <= 1024, "workers", f"must be 1 to 1024, is {self.workers}")
+        require(self.hang_timeout >= 0, "hang_timeout", f"must be at least 0, is {self.hang_timeout:g}")
         require(self.threads >= 0, "threads", f"must be at least 0, is {self.threads}")
         require(self.zstd is None or 1 <= self.zstd <= 22, "zstd", f"must be null or 1 to 22, is {self.zstd}")
 

@@ -25,16 +25,19 @@ from .recipe import Recipe, StageSpec, config_to_dict, dump, dump_plain, loads, 
 from .settings import join
 
 if TYPE_CHECKING:
+    from .job import Job
     from .progress import Reporter
 
 CONFIG, LOCK, REPORT, LOGS = "config.yaml", "lock", "report.html", "logs"
 RESULT, METRICS, ARTEFACT, CHECKPOINTS = "result.json", "metrics.jsonl", "artefact", "checkpoints"
+FREE = ("threads", "hang_timeout")
+"""Settings of a recipe that change no figure of its results: a run that goes on may have others."""
 _CHECKPOINT = re.compile(r"update-\d+")
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageContext:
-    """What a stage is given. All ranks get equal ones, but for the reporter, which only speaks on rank 0."""
+    """What a stage is given. All ranks get equal ones, but for `job`, and the reporter, which only speaks on rank 0."""
 
     recipe: Recipe
     """The whole recipe."""
@@ -48,6 +51,8 @@ class StageContext:
     """The run directory."""
     reporter: Reporter
     """Progress and log lines."""
+    job: Job
+    """This process among the others."""
     resume: bool
     """Whether an earlier run left checkpoints of this stage to go on from; the same on all ranks. A stage that begins
     anew (False) must still call `MetricsLog.truncate_after(0)`: a run cut before its first checkpoint left lines."""
@@ -97,7 +102,7 @@ class RunDirectory:
     def create(cls, path: Path, recipe: Recipe) -> RunDirectory:
         """Make the directory, or go on with one whose recipe agrees. The caller holds its `RunLock`.
 
-        A recipe may differ in `threads` and may have more stages at the end.
+        A recipe may differ in `FREE`, and may have more stages at the end.
 
         Raises:
             ValueError: it belongs to another recipe; names the first key that differs, and both values.
@@ -176,8 +181,12 @@ class RunDirectory:
         count = len(self.recipe.stages)
         return next((index for index in range(count) if not self.is_finished(index)), count)
 
-    def context(self, index: int, reporter: Reporter, *, writer: bool, resume: bool) -> StageContext:
+    def context(
+        self, index: int, reporter: Reporter, *, writer: bool, resume: bool, job: Job | None = None
+    ) -> StageContext:
         """What the stage of that index is given; with `writer` (rank 0) its folder is made ready."""
+        from .job import Job
+
         spec, directory = self.recipe.stages[index], self.stage_directory(index)
         if writer:
             directory.mkdir(parents=True, exist_ok=True)
@@ -192,6 +201,7 @@ class RunDirectory:
             previous=self.stage_directory(index - 1) if index else None,
             run_dir=self.path,
             reporter=reporter,
+            job=job or Job(),
             resume=resume,
         )
 
@@ -242,10 +252,11 @@ class RunLock:
 def first_difference(old: dict[str, Any], new: dict[str, Any]) -> tuple[str, str, str] | None:
     """The first setting in which two resolved recipes differ, as (key, old, new); None if they agree.
 
-    `threads` may differ, and `new` may have more stages at the end.
+    What is in `FREE` may differ, and `new` may have more stages at the end.
     """
     common = [*new["stages"][: len(old["stages"])]]
-    return _difference({**old, "threads": None}, {**new, "threads": None, "stages": common}, "")
+    free = dict.fromkeys(FREE)
+    return _difference({**old, **free}, {**new, **free, "stages": common}, "")
 
 
 def _difference(old: Any, new: Any, path: str) -> tuple[str, str, str] | None:

@@ -125,7 +125,7 @@ def adopt_parent() -> None:
     Whatever a run writes is whole or absent, so there is nothing to tidy up; a handler in Python could not run while
     the worker waits inside a collective.
     """
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # `Notice.listen` takes TERM later
         signal.signal(number, signal.SIG_DFL)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
@@ -139,7 +139,8 @@ def write_error(log_dir: Path, rank: int, *, kind: str, message: str) -> None:
     Args:
         log_dir: as given to `run_workers`.
         rank: its rank.
-        kind: `user` (message is the line to show), `internal`, or `peer` (an echo of another worker's end).
+        kind: `user` (message is the line to show), `internal`, `peer` (an echo of another worker's end), or `stopped`
+            (on notice, and saved).
         message: one line.
     """
     value = {"kind": kind, "message": message[:1000], "time": time.time()}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,15 +23,13 @@ from tenko.nmt.deepspeed_engine import plugin
 from tenko.nmt.fairseq_bridge import build_model
 from tenko.nmt.prepare import prepare
 
+from .job import PATIENCE
 from .recipe import Recipe
 from .rundir import ARTEFACT, StageContext
 from .stage_kinds import PretrainedConfig
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-PATIENCE = timedelta(hours=6)
-"""How long ranks wait for rank 0 while it prepares a corpus or translates a test set."""
 
 
 def start(context: StageContext, config: TrainConfig | None = None) -> Accelerator:
@@ -49,6 +46,7 @@ def start(context: StageContext, config: TrainConfig | None = None) -> Accelerat
     zero = uses_zero(config)
     if config.engine == "deepspeed" and not zero:
         context.reporter.log("engine: deepspeed has nothing to split with one worker, and is ignored")
+    context.job.init_group()
     try:
         accelerator = Accelerator(
             cpu=not zero and not torch.cuda.is_available(),  # with cpu=True accelerate ignores DeepSpeed

@@ -26,7 +26,10 @@ from tenko.nmt.deepspeed_engine import ZeroEngine
 from tenko.nmt.trainer import Trainer, load_weights
 from tenko.nmt.validate import Validator
 
+from .errors import Stopped
 from .metrics import MetricsLog
+from .profile import Profile
+from .pulse import IDLE
 from .rundir import CHECKPOINTS, METRICS, StageContext
 from .stage_tools import uses_zero
 
@@ -195,19 +198,36 @@ def _run(
                 scale=figures.get("scale"),
             )
 
+    pulse, notice = context.job.pulse, context.job.notice
+    profile = Profile(config.profile, folder, rank=distributed.rank(), log=reporter.log)
+
+    def on_phase(phase: str) -> None:
+        pulse.phase(phase)
+        profile.phase(phase, trainer.updates)
+
     def on_update(update: int) -> None:
+        pulse.update(update)
+        profile.update(update)
         if reporter.terminal:
             reporter.advance(update)
 
+    notice.begin()
+    pulse.update(trainer.updates)
     try:
         trainer.run(
             validate=Validator(trainer.model, corpus, context.recipe.direction, config),
             on_metrics=on_metrics,
             on_update=on_update,
+            on_phase=on_phase,
+            should_stop=notice.due,
         )
     finally:
+        pulse.phase(IDLE)
+        profile.close()
         if log is not None:
             log.close()
+    if trainer.stopped:
+        raise Stopped(trainer.updates)
     if trainer.stopped_early:
         reporter.log(f"{title}: BLEU has not risen for {config.patience} validations, stopped at {trainer.updates}")
 

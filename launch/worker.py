@@ -11,7 +11,6 @@ for result.json itself, a late one could take for finished what rank 0 has only 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import sys
@@ -21,11 +20,24 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import NoReturn
 
-from .errors import BAD_INPUT, INTERNAL, INTERRUPTED, Terminated, internal, is_lost_peer, is_users, one_line
+from .errors import (
+    BAD_INPUT,
+    INTERNAL,
+    INTERRUPTED,
+    STOPPED,
+    Stopped,
+    Terminated,
+    internal,
+    is_lost_peer,
+    is_users,
+    one_line,
+)
+from .job import Job
 from .progress import Reporter, ReporterHandler
 from .recipe import load
 from .rundir import LOGS, REPORT, RunDirectory, RunLock, StageContext
 from .spawn import PARENT, adopt_parent, limit_threads, raise_on_signals, write_error
+from .world import World
 
 Runners = Mapping[str, Callable[[StageContext], None]]
 
@@ -52,15 +64,20 @@ def main(argv: Sequence[str] | None = None, runners: Runners | None = None) -> N
 
 
 def _spawned(run_dir: Path, runners: Runners | None) -> NoReturn:
-    rank = int(os.environ["RANK"])
-    log_dir = run_dir / LOGS
+    world = World.detect()
+    rank, log_dir = world.rank, run_dir / LOGS
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(name)s %(levelname)s: %(message)s")
     code = 0
     try:
         run = RunDirectory.read(run_dir)
-        first, resume = agree(run, rank)
-        run_stages(run, rank=rank, first=first, resume=resume, runners=runners)
+        job = Job.join(world, log_dir)
+        job.notice.listen(training=lambda: job.pulse.training, ends_at_once=os.getppid())
+        job.check_agreement(run.recipe)
+        first, resume = agree(run, job)
+        run_stages(run, job=job, first=first, resume=resume, runners=runners)
         _leave_group()
+    except Stopped as error:  # no failure: torchrun shall not start it anew
+        write_error(log_dir, rank, kind="stopped", message=str(error))
     except BaseException as error:  # whatever it is, the parent shall say it in one line
         log = log_dir / f"worker-{rank}.log"
         code = BAD_INPUT if is_users(error) else INTERNAL
@@ -73,11 +90,11 @@ def _spawned(run_dir: Path, runners: Runners | None) -> NoReturn:
 
 def _standalone(arguments: argparse.Namespace, runners: Runners | None) -> NoReturn:
     """Under a torchrun, srun or shell of the user's own."""
-    rank = int(os.environ.get("RANK", 0))
     code = 0
     try:
         with ExitStack() as stack:
             stack.enter_context(raise_on_signals())
+            world = World.detect()
             if arguments.recipe is None and arguments.run_dir is None:
                 raise ValueError("give a recipe, or the --run-dir of a run to go on with")
             if arguments.recipe is None:
@@ -85,17 +102,22 @@ def _standalone(arguments: argparse.Namespace, runners: Runners | None) -> NoRet
             else:
                 recipe = load(arguments.recipe, arguments.overrides)
             run_dir = arguments.run_dir or Path("runs") / recipe.name
-            if rank == 0:
+            if world.rank == 0:
                 stack.enter_context(RunLock(run_dir))
                 run = RunDirectory.create(run_dir, recipe)
+                (run_dir / LOGS).mkdir(exist_ok=True)
             else:
                 run = RunDirectory(run_dir, recipe)
             logging.basicConfig(stream=sys.stderr, format="%(name)s %(levelname)s: %(message)s")
-            local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-            limit_threads(recipe.threads, local)
-            first, resume = agree(run, rank)
-            run_stages(run, rank=rank, first=first, resume=resume, runners=runners)
+            limit_threads(recipe.threads, world.local_size)
+            job = Job.join(world)
+            job.check_agreement(recipe)
+            first, resume = agree(run, job)
+            run_stages(run, job=job, first=first, resume=resume, runners=runners)
             _leave_group()
+    except Stopped as error:
+        code = STOPPED
+        print(f"tenko: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         code = INTERRUPTED
     except Terminated as error:
@@ -110,37 +132,27 @@ def _standalone(arguments: argparse.Namespace, runners: Runners | None) -> NoRet
     _end(code)
 
 
-def agree(run: RunDirectory, rank: int) -> tuple[int, bool]:
+def agree(run: RunDirectory, job: Job) -> tuple[int, bool]:
     """The first stage to run and whether it goes on from checkpoints, as rank 0 sees it, on every rank."""
     decision = run.first_unfinished(), False
     if decision[0] < len(run.recipe.stages):
         decision = decision[0], run.is_begun(decision[0])
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or os.environ.get("WORLD_SIZE") == "1":
-        return decision
-
-    from torch.distributed import PrefixStore, TCPStore
-
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = PrefixStore(f"tenko/{attempt}", TCPStore(host, port, is_master=False))
-    if rank == 0:
-        store.set("first_stage", json.dumps(decision))
-        return decision
-    first, resume = json.loads(store.get("first_stage"))
+    first, resume = job.from_rank0("first_stage", decision)
     return first, resume
 
 
-def run_stages(run: RunDirectory, *, rank: int, first: int, resume: bool, runners: Runners | None = None) -> None:
+def run_stages(run: RunDirectory, *, job: Job, first: int, resume: bool, runners: Runners | None = None) -> None:
     """Run the stages from index `first`, in this process; what every rank does.
 
     Args:
         run: the run directory; rank 0's caller holds its lock.
-        rank: only rank 0 writes and speaks.
+        job: this process; only rank 0 writes and speaks.
         first: as `agree` says.
         resume: as `agree` says; holds for the first stage only.
         runners: as in `main`.
     """
     logging.captureWarnings(True)
+    rank = job.world.rank
     reporter = Reporter(enabled=rank == 0)
     handler = ReporterHandler(reporter)
     package = logging.getLogger("tenko")
@@ -154,6 +166,8 @@ def run_stages(run: RunDirectory, *, rank: int, first: int, resume: bool, runner
         runners = RUNNERS
     try:
         with reporter:
+            if line := job.describe():
+                reporter.log(line)
             for index, spec in enumerate(run.recipe.stages):
                 title = f"stage {index + 1}/{len(run.recipe.stages)} {spec.name}"
                 if index < first:
@@ -161,7 +175,7 @@ def run_stages(run: RunDirectory, *, rank: int, first: int, resume: bool, runner
                     continue
                 going_on = resume and index == first
                 reporter.log(f"{title}: goes on" if going_on else title)
-                runners[spec.kind](run.context(index, reporter, writer=rank == 0, resume=going_on))
+                runners[spec.kind](run.context(index, reporter, writer=rank == 0, resume=going_on, job=job))
                 reporter.finish()
                 if rank == 0:
                     assert run.is_finished(index), f"{spec.kind} returned without a result.json"
