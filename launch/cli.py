@@ -272,6 +272,27 @@ def report(
     commands.report(run_dir)
 
 
+@app.command(short_help="Look at a run while it goes on.")
+def watch(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, of a run here or elsewhere.")],
+    once: Annotated[
+        bool, typer.Option("--once", help="Print one frame and exit, as where stdout is no terminal.")
+    ] = False,
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between frames.")] = 1.0,
+) -> None:
+    """Show a run as it goes on: stages, figures, curves, ranks, warnings. Ctrl-C stops watching, not the run.
+
+    Only the run directory is read: it may be a run of another machine on a shared disk.
+
+    \b
+    tenko watch runs/demo
+    tenko watch runs/demo --once
+    """
+    from .watch import watch as show
+
+    show(run_dir, once=once, interval=interval)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Entry point. Errors are one line on stderr; exit codes are those of `errors.py`."""
     try:

@@ -23,7 +23,7 @@ def tenko(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str
     return caught.value.code, output.out, output.err
 
 
-@pytest.mark.parametrize("command", ["run", "translate", "evaluate", "export", "inspect", "report"])
+@pytest.mark.parametrize("command", ["run", "translate", "evaluate", "export", "inspect", "report", "watch"])
 def test_every_command_explains_itself_with_an_example(capsys: pytest.CaptureFixture[str], command: str) -> None:
     code, out, _ = tenko(capsys, command, "--help")
     assert code == 0
