@@ -43,7 +43,10 @@ class Profile:
         self._done = 0
 
     def phase(self, phase: str, update: int) -> None:
-        """A phase of the training begins; `update` are finished."""
+        """A phase of the training begins; `update` are finished. The trace is written between phases, so that the time
+        it takes counts as no update's."""
+        if self._profile is not None and update >= self._last:
+            self.close()
         if self._profile is None and phase == "update" and self._first <= update + 1 <= self._last:
             self._start(update + 1)
         if self._profile is not None:
@@ -52,8 +55,8 @@ class Profile:
     def update(self, update: int) -> None:
         """An update is finished."""
         self._done = update
-        if self._profile is not None and update >= self._last:
-            self.close()
+        if self._profile is not None:
+            self._enter(None)
 
     def close(self) -> None:
         """Write what was recorded, if anything was."""

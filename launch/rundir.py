@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 
 CONFIG, LOCK, REPORT, LOGS = "config.yaml", "lock", "report.html", "logs"
 RESULT, METRICS, ARTEFACT, CHECKPOINTS = "result.json", "metrics.jsonl", "artefact", "checkpoints"
-FREE = ("threads", "hang_timeout")
-"""Settings of a recipe that change no figure of its results: a run that goes on may have others."""
+FREE = ("threads", "hang_timeout", "profile")
+"""Settings that change no figure of a run's results, wherever they stand in the recipe: a run that goes on may have
+others."""
 _CHECKPOINT = re.compile(r"update-\d+")
 
 
@@ -255,11 +256,12 @@ def first_difference(old: dict[str, Any], new: dict[str, Any]) -> tuple[str, str
     What is in `FREE` may differ, and `new` may have more stages at the end.
     """
     common = [*new["stages"][: len(old["stages"])]]
-    free = dict.fromkeys(FREE)
-    return _difference({**old, **free}, {**new, **free, "stages": common}, "")
+    return _difference(old, {**new, "stages": common}, "")
 
 
 def _difference(old: Any, new: Any, path: str) -> tuple[str, str, str] | None:
+    if path.rpartition(".")[2] in FREE:
+        return None
     if isinstance(old, dict) and isinstance(new, dict):
         for key in [*old, *(key for key in new if key not in old)]:
             found = _difference(old.get(key, "(nothing)"), new.get(key, "(nothing)"), join(path, key))
