@@ -44,6 +44,7 @@ setup(
     ],
     extras_require={
         "trackers": ["tensorboard>=2.18"],
+        "wandb": ["wandb>=0.28"],  # 95 MB: not with TensorBoard
         "gpu": ["triton>=3.5"],  # the quantizer's kernels; torch's CUDA builds bring it along
         "mpi": ["mpi4py>=4.1", "openmpi>=5.0"],  # parameter servers on ranks of their own
         "deepspeed": ["deepspeed>=0.19.8"],

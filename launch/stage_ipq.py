@@ -39,7 +39,7 @@ def run_ipq(context: StageContext) -> None:
     assert isinstance(config, IpqStage)
     started = time.monotonic()
     # Trackers take one training a stage; groups have their metrics.jsonl.
-    train = dataclasses.replace(config.train, distill=config.distill, trackers=())
+    train = dataclasses.replace(config.train, distill=config.distill)
     accelerator = start(context, train)
     corpus = open_corpus(context)
     model, model_config = previous_model(context)

@@ -90,8 +90,7 @@ class _Stage:
         training = stages[train].config
         assert isinstance(training, TrainConfig)
         kept = (config.rewind_to,) if config.control == "stabilised" else ()
-        # Trackers take one training a stage; rounds have their metrics.jsonl.
-        training = dataclasses.replace(training, keep_updates=kept, trackers=(), profile=ProfileConfig())
+        training = dataclasses.replace(training, keep_updates=kept, profile=ProfileConfig())
         other = next((i for i, spec in enumerate(stages[:own]) if spec.name == config.masks_of), None)
         masks_of = None if other is None else run.stage_directory(other)
         return cls(context, config, training, run.stage_directory(train), masks_of)

@@ -27,17 +27,21 @@ from .job import PATIENCE
 from .recipe import Recipe
 from .rundir import ARTEFACT, StageContext
 from .stage_kinds import PretrainedConfig
+from .trackers import check as check_trackers
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
 def start(context: StageContext, config: TrainConfig | None = None) -> Accelerator:
-    """Device, process group and trackers; accelerate's own precision stays off (see nmt/precision.py).
+    """Device and process group; accelerate's own precision stays off (see nmt/precision.py).
 
     Args:
         context: the stage.
         config: of its training, for engine and trackers; None where nothing is trained.
+
+    Raises:
+        ValueError: a tracker is not installed.
     """
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
@@ -46,25 +50,19 @@ def start(context: StageContext, config: TrainConfig | None = None) -> Accelerat
     zero = uses_zero(config)
     if config.engine == "deepspeed" and not zero:
         context.reporter.log("engine: deepspeed has nothing to split with one worker, and is ignored")
+    check_trackers(config)
     context.job.init_group()
-    try:
-        accelerator = Accelerator(
-            cpu=not zero and not torch.cuda.is_available(),  # with cpu=True accelerate ignores DeepSpeed
-            deepspeed_plugin=plugin(config.zero_stage, config.clip_norm) if zero else None,
-            mixed_precision="no",
-            log_with=list(config.trackers) or None,
-            project_dir=str(context.directory),
-            kwargs_handlers=[
-                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-                InitProcessGroupKwargs(timeout=PATIENCE),
-            ],
-        )
-    except ImportError as error:  # a tracker named in the recipe is not installed
-        raise ValueError(f"train.trackers: {error}") from None
+    accelerator = Accelerator(
+        cpu=not zero and not torch.cuda.is_available(),  # with cpu=True accelerate ignores DeepSpeed
+        deepspeed_plugin=plugin(config.zero_stage, config.clip_norm) if zero else None,
+        mixed_precision="no",
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=PATIENCE),
+        ],
+    )
     expected = int(os.environ.get("WORLD_SIZE", "1"))
     assert distributed.world_size() == expected, f"world size {distributed.world_size()}, launched as {expected}"
-    if config.trackers:
-        accelerator.init_trackers(context.recipe.name)
     return accelerator
 
 

@@ -32,6 +32,7 @@ from .profile import Profile
 from .pulse import IDLE
 from .rundir import CHECKPOINTS, METRICS, StageContext
 from .stage_tools import uses_zero
+from .trackers import Trackers
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -118,7 +119,7 @@ def train_model(
         trainer.resume()
     else:
         begin(trainer)
-    _run(context, config, corpus, trainer, accelerator, folder, title)
+    _run(context, config, corpus, trainer, folder, title)
     weights = _final_weights(context, config, folder / CHECKPOINTS)
     load_weights(trainer.parameters, weights, folder / CHECKPOINTS)
     meter = trainer.route.meter if trainer.route is not None else None
@@ -127,8 +128,6 @@ def train_model(
     distributed.barrier()
     if trainer.route is not None:
         trainer.route.close()
-    if accelerator.trackers:
-        accelerator.end_training()
     # A model can be in one DDP at a time: the next training of this stage wraps it anew.
     del trainer
     accelerator.free_memory()
@@ -158,7 +157,6 @@ def _run(
     config: TrainConfig,
     corpus: Corpus,
     trainer: Trainer,
-    accelerator: Accelerator,
     folder: Path,
     title: str,
 ) -> None:
@@ -173,14 +171,13 @@ def _run(
             + (f", goes on from update {trainer.updates}" if trainer.updates else "")
         )
     reporter.start(title, config.max_update, trainer.updates)
+    trackers = None if log is None else Trackers(context, config, folder, title, trainer.updates)
 
     def on_metrics(figures: dict[str, Any]) -> None:
-        if log is None:
+        if log is None or trackers is None:
             return
         log.append(figures)
-        if config.trackers:
-            numbers = {f"{figures['kind']}/{k}": v for k, v in figures.items() if isinstance(v, int | float)}
-            accelerator.log(numbers, step=figures["update"])
+        trackers.log(figures)
         if figures["kind"] == "valid":
             reporter.log(
                 f"validation at update {figures['update']}: perplexity {figures['ppl']:.2f}, "
@@ -226,6 +223,8 @@ def _run(
         profile.close()
         if log is not None:
             log.close()
+        if trackers is not None:
+            trackers.close()
     if trainer.stopped:
         raise Stopped(trainer.updates)
     if trainer.stopped_early:

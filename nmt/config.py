@@ -189,7 +189,7 @@ class TrainConfig:
     patience: int = 0
     """Stop after this many validations without a better BLEU; 0 never stops early."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """Where figures go beside metrics.jsonl; `pip install tenko[trackers]` brings TensorBoard."""
+    """Where figures go beside metrics.jsonl; `pip install tenko[trackers]` brings TensorBoard, `tenko[wandb]` W&B."""
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     """What to record for a look at single updates; a run that goes on may have another."""
     distill: DistillConfig = field(default_factory=DistillConfig)
