@@ -4,9 +4,8 @@ Notable:
 - A span is read once from memory, front to back, as the processor's prefetching wants it: the pass that finds the
   scales of its blocks leaves it in the first-level cache for the pass that rounds and packs it, eight runs side by
   side. With error feedback a span's residual is added, and later reduced, in place in that cache.
-- The two passes are written in vectors of 16 lanes, as LLVM's own types (`_scan`, `_round`): what numba's loops become
-  depends on checks for overlap and on remainders, which cost half the speed at blocks of 128. LLVM splits the vectors
-  for narrower machines. Runs that are no multiple of 16 long (the last span of a tensor; odd blocks) go through a
+- The two passes are written in vectors of 16 lanes (`vectors.py`; `_scan`, `_round`): numba's own loops would cost half
+  the speed at blocks of 128. Runs that are no multiple of 16 long (the last span of a tensor; odd blocks) go through a
   padded copy.
 - The largest magnitude is found on the bit patterns, as integers: a result of 0x7f800000 or more says that the block
   holds an inf or a NaN.
@@ -45,6 +44,7 @@ from .reference import (
     grid_of,
     level_count,
 )
+from .vectors import FLOAT, I32, I64, LANES, Lanes, add_up, call, load, pointers, splat
 
 __all__ = ["add_codes", "decode_table", "encode_table", "pack_sums", "sums_to_values"]
 
@@ -69,107 +69,6 @@ _i64, _f64, _bool = types.int64, types.float64, types.boolean
 _grid_of = njit(grid_of, inline="always")
 _level_count = njit(level_count, inline="always")
 
-LANES = 16
-_I8, _I32, _I64, _FLOAT = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
-
-
-class _Lanes:
-    """LANES numbers in an LLVM register while code is generated; operators emit instructions."""
-
-    def __init__(self, builder: ir.IRBuilder, value: ir.Value) -> None:
-        self.builder, self.value = builder, value
-        self.is_float = value.type.element == _FLOAT
-
-    def _with(self, other: _Lanes | int, integers: str, floats: str = "") -> _Lanes:
-        operand = other.value if isinstance(other, _Lanes) else _constant(other)
-        return _Lanes(self.builder, getattr(self.builder, floats if self.is_float else integers)(self.value, operand))
-
-    def __add__(self, other: _Lanes | int) -> _Lanes:
-        return self._with(other, "add", "fadd")
-
-    def __sub__(self, other: _Lanes | int) -> _Lanes:
-        return self._with(other, "sub", "fsub")
-
-    def __mul__(self, other: _Lanes | int) -> _Lanes:
-        return self._with(other, "mul", "fmul")
-
-    def __and__(self, other: _Lanes | int) -> _Lanes:
-        return self._with(other, "and_")
-
-    def __or__(self, other: _Lanes | int) -> _Lanes:
-        return self._with(other, "or_")
-
-    def __xor__(self, other: _Lanes | int) -> _Lanes:
-        return self._with(other, "xor")
-
-    def __lshift__(self, count: int) -> _Lanes:
-        return self._with(count, "shl") if count else self
-
-    def __rshift__(self, count: int) -> _Lanes:
-        return self._with(count, "lshr") if count else self
-
-    def clamped(self, low: _Lanes, high: _Lanes) -> _Lanes:
-        """Of floats; neither bound nor value is NaN."""
-        builder = self.builder
-        value = builder.select(builder.fcmp_ordered("<", high.value, self.value), high.value, self.value)
-        value = builder.select(builder.fcmp_ordered(">", low.value, value), low.value, value)
-        return _Lanes(builder, value)
-
-    def larger(self, other: _Lanes) -> _Lanes:
-        """Of integers with signs."""
-        builder = self.builder
-        higher = builder.icmp_signed(">", self.value, other.value)
-        return _Lanes(builder, builder.select(higher, self.value, other.value))
-
-    def to_int(self) -> _Lanes:
-        return _Lanes(self.builder, self.builder.fptosi(self.value, ir.VectorType(_I32, LANES)))
-
-    def to_float(self) -> _Lanes:
-        return _Lanes(self.builder, self.builder.sitofp(self.value, ir.VectorType(_FLOAT, LANES)))
-
-    def bits(self) -> _Lanes:
-        return _Lanes(self.builder, self.builder.bitcast(self.value, ir.VectorType(_I32, LANES)))
-
-    def as_float(self) -> _Lanes:
-        return _Lanes(self.builder, self.builder.bitcast(self.value, ir.VectorType(_FLOAT, LANES)))
-
-    def store(self, pointer: ir.Value) -> None:
-        """To floats or bytes, with no demand on the address."""
-        value = self.value
-        if pointer.type.pointee == _I8:
-            value = self.builder.trunc(value, ir.VectorType(_I8, LANES))
-        self.builder.store(value, self.builder.bitcast(pointer, value.type.as_pointer()), align=1)
-
-
-def _constant(number: int) -> ir.Constant:
-    return ir.Constant(ir.VectorType(_I32, LANES), [number] * LANES)
-
-
-def _load(builder: ir.IRBuilder, pointer: ir.Value) -> _Lanes:
-    """LANES floats, or bytes as integers, from any address."""
-    vector = ir.VectorType(pointer.type.pointee, LANES)
-    value = builder.load(builder.bitcast(pointer, vector.as_pointer()), align=1)
-    if pointer.type.pointee == _I8:
-        value = builder.zext(value, ir.VectorType(_I32, LANES))
-    return _Lanes(builder, value)
-
-
-def _splat(builder: ir.IRBuilder, value: ir.Value) -> _Lanes:
-    vector = ir.VectorType(value.type, LANES)
-    single = builder.insert_element(ir.Constant(vector, ir.Undefined), value, ir.Constant(_I32, 0))
-    return _Lanes(builder, builder.shuffle_vector(single, ir.Constant(vector, ir.Undefined), _constant(0)))
-
-
-def _pointers(context: Any, builder: ir.IRBuilder, arrays: Any, values: Any) -> list[ir.Value]:
-    """Where the data of one-dimensional arrays begin."""
-    made = [context.make_array(kind)(context, builder, value) for kind, value in zip(arrays, values, strict=True)]
-    return [array.data for array in made]
-
-
-def _call(builder: ir.IRBuilder, name: str, result: ir.Type, *arguments: ir.Value, **flags: Any) -> ir.Value:
-    kind = ir.FunctionType(result, [argument.type for argument in arguments])
-    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments, **flags)
-
 
 def _scan_intrinsic(_typing, x, residual, feedback, mean, groups, largest, counts, sums):  # type: ignore[no-untyped-def]
     """Of the 8 runs of x [8 * groups] (groups a multiple of LANES): bits of the largest magnitude [8], how many are not
@@ -178,7 +77,7 @@ def _scan_intrinsic(_typing, x, residual, feedback, mean, groups, largest, count
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         arrays = [0, 1, 5, 6, 7]
-        data, left, largest, counts, sums = _pointers(
+        data, left, largest, counts, sums = pointers(
             context, builder, [signature.args[a] for a in arrays], [arguments[a] for a in arrays]
         )
         feedback, mean, groups = arguments[2:5]
@@ -203,26 +102,25 @@ _scan: Any = intrinsic(_scan_intrinsic)
 
 
 def _emit_scan(builder, data, left, of_magnitudes, groups, largest, count, sum_):  # type: ignore[no-untyped-def]
-    vector, floats = ir.VectorType(_I32, LANES), ir.VectorType(_FLOAT, LANES)
-    top, number, total = (cgutils.alloca_once(builder, kind) for kind in (vector, _I32, floats))
-    for zero, place in ((vector(None), top), (_I32(0), number), (floats(None), total)):
+    vector, floats = ir.VectorType(I32, LANES), ir.VectorType(FLOAT, LANES)
+    top, number, total = (cgutils.alloca_once(builder, kind) for kind in (vector, I32, floats))
+    for zero, place in ((vector(None), top), (I32(0), number), (floats(None), total)):
         builder.store(zero, place)
     with cgutils.for_range_slice(builder, groups.type(0), groups, groups.type(LANES)) as (index, _):
-        value = _load(builder, builder.gep(data, [index]))
+        value = load(builder, builder.gep(data, [index]))
         if left is not None:
-            value = _load(builder, builder.gep(left, [index])) + value
+            value = load(builder, builder.gep(left, [index])) + value
             value.store(builder.gep(left, [index]))
         magnitude = value.bits() & 0x7FFFFFFF
-        builder.store(_Lanes(builder, builder.load(top)).larger(magnitude).value, top)
+        builder.store(Lanes(builder, builder.load(top)).larger(magnitude).value, top)
         mask = builder.icmp_signed("!=", magnitude.value, vector(None))
-        ones = _call(builder, "llvm.ctpop.i32", _I32, builder.zext(builder.bitcast(mask, ir.IntType(LANES)), _I32))
+        ones = call(builder, "llvm.ctpop.i32", I32, builder.zext(builder.bitcast(mask, ir.IntType(LANES)), I32))
         builder.store(builder.add(builder.load(number), ones), number)
         term = magnitude.as_float() if of_magnitudes else value * value
-        builder.store((_Lanes(builder, builder.load(total)) + term).value, total)
-    builder.store(_call(builder, f"llvm.vector.reduce.smax.v{LANES}i32", _I32, builder.load(top)), largest)
+        builder.store((Lanes(builder, builder.load(total)) + term).value, total)
+    builder.store(call(builder, f"llvm.vector.reduce.smax.v{LANES}i32", I32, builder.load(top)), largest)
     builder.store(builder.load(number), count)
-    name, start = f"llvm.vector.reduce.fadd.v{LANES}f32", ir.Constant(_FLOAT, -0.0)
-    builder.store(_call(builder, name, _FLOAT, start, builder.load(total), fastmath=("reassoc",)), sum_)
+    builder.store(add_up(Lanes(builder, builder.load(total))), sum_)
 
 
 def _round_intrinsic(  # type: ignore[no-untyped-def]
@@ -235,11 +133,11 @@ def _round_intrinsic(  # type: ignore[no-untyped-def]
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        data, inverses, steps, out = _pointers(context, builder, signature.args[:4], arguments[:4])
+        data, inverses, steps, out = pointers(context, builder, signature.args[:4], arguments[:4])
         at, bits, groups, padded, first, key0, key1, random, centre, feedback = arguments[4:]
         out = builder.gep(out, [at])
-        constants = [_splat(builder, value) for value in (key0, key1, random, centre)]
-        first = builder.trunc(first, _I32)
+        constants = [splat(builder, value) for value in (key0, key1, random, centre)]
+        first = builder.trunc(first, I32)
         for count in range(1, 9):
             for with_feedback in (False, True):
                 wanted = builder.and_(
@@ -273,31 +171,31 @@ _round: Any = intrinsic(_round_intrinsic)
 def _emit_round(builder, data, inverses, steps, out, bits, groups, padded, first, constants):  # type: ignore[no-untyped-def]
     key0, key1, random, centre = constants
     k, grid = level_count(bits), grid_of(bits)
-    high = _splat(builder, ir.Constant(_FLOAT, float(k << 16)))
-    low = _splat(builder, ir.Constant(_FLOAT, float(-(k << 16))))
-    offset = _splat(builder, ir.Constant(_FLOAT, (k << 16) + 0.5 * grid))
-    lane = _Lanes(builder, ir.Constant(ir.VectorType(_I32, LANES), list(range(LANES))))
+    high = splat(builder, ir.Constant(FLOAT, float(k << 16)))
+    low = splat(builder, ir.Constant(FLOAT, float(-(k << 16))))
+    offset = splat(builder, ir.Constant(FLOAT, (k << 16) + 0.5 * grid))
+    lane = Lanes(builder, ir.Constant(ir.VectorType(I32, LANES), list(range(LANES))))
 
-    def broadcast(array: ir.Value, run: int) -> _Lanes:
-        return _splat(builder, builder.load(builder.gep(array, [_I64(run)])))
+    def broadcast(array: ir.Value, run: int) -> Lanes:
+        return splat(builder, builder.load(builder.gep(array, [I64(run)])))
 
     scaling = [broadcast(inverses, run) for run in range(8)]
     backward = [broadcast(steps, run) for run in range(8)] if steps is not None else []
-    short = builder.trunc(groups, _I32)
+    short = builder.trunc(groups, I32)
     with cgutils.for_range_slice(builder, padded.type(0), padded, padded.type(LANES)) as (index, _):
         codes: list[Any] = [None] * 8
         for pair in range(4):
             hashed: Any = None
             if bits > 1:
-                begin = builder.add(builder.add(first, builder.mul(short, _I32(pair))), builder.trunc(index, _I32))
-                hashed = _emit_hash(_splat(builder, begin) + lane, key0, key1) & random | centre
+                begin = builder.add(builder.add(first, builder.mul(short, I32(pair))), builder.trunc(index, I32))
+                hashed = _emit_hash(splat(builder, begin) + lane, key0, key1) & random | centre
             for run in (pair, pair + 4):
                 place = builder.gep(data, [builder.add(builder.mul(padded, padded.type(run)), index)])
-                value = _load(builder, place)
+                value = load(builder, place)
                 y = value * scaling[run]
                 if bits == 1:
                     positive = builder.fcmp_ordered(">=", y.value, ir.Constant(y.value.type, None))
-                    codes[run] = _Lanes(builder, builder.zext(positive, ir.VectorType(_I32, LANES)))
+                    codes[run] = Lanes(builder, builder.zext(positive, ir.VectorType(I32, LANES)))
                     level = codes[run] + codes[run] - 1
                 else:
                     fixed = (y.clamped(low, high) + offset).to_int()
@@ -317,7 +215,7 @@ def _emit_round(builder, data, inverses, steps, out, bits, groups, padded, first
             byte.store(builder.gep(out, [builder.add(builder.mul(padded, padded.type(plane)), index)]))
 
 
-def _emit_hash(counter: _Lanes, key0: _Lanes, key1: _Lanes) -> _Lanes:
+def _emit_hash(counter: Lanes, key0: Lanes, key1: Lanes) -> Lanes:
     """32 random bits from a counter and a 64-bit key."""
     h = counter ^ key0
     h = (h ^ (h >> 16)) * HASH_A

@@ -2,8 +2,9 @@
 
 Notable:
 - A block is scaled to magnitudes of at most 1, weights and importance alike, before anything is summed: no square
-  leaves fp32, and the sums (that may be reassociated, so that they vectorise) only choose alpha. The codes are then
-  made without fast-math, and agree with the plain version's for the same alpha.
+  leaves fp32, and the sums (in 16 lanes) only choose alpha. Codes agree with the plain version's for the same alpha.
+- The order of those sums is written down (`vectors.py`). Left to numba's fast-math it was another one in code that was
+  just compiled than in code from the cache: a run and its resumption then differed in the last bit.
 - One pass over a block gives the best alpha for its levels and, by the same two sums, how good those levels are.
 - Constants are `laq.py`'s. numba's cache looks at this file alone: after a change of one, change this file too.
 - Shifts by a variable amount are written as products, then a constant shift: numba would widen them to 64 bits.
@@ -12,11 +13,16 @@ Notable:
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
+from llvmlite import ir  # type: ignore[import-untyped]
 from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
 from .laq import EPSILON, LAQ_BYTES, MIN_WEIGHT, SHRINK
+from .vectors import FLOAT, LANES, Lanes, add_up, load, pointers, splat
 
 _CHUNK = 4096
 
@@ -27,12 +33,47 @@ _i64_2d = types.Array(types.int64, 2, "C")
 _i64 = types.int64
 
 
-@njit(nogil=True, cache=True, fastmath={"reassoc", "nsz"})
-def _chunk_sums(w, d, scale, limit):  # type: ignore[no-untyped-def]
-    above = np.float32(0)
-    below = np.float32(0)
+def _weighted_sums_intrinsic(_typing, w, d, first, count, scale, limit):  # type: ignore[no-untyped-def]
+    """(sum D q w, sum D q^2) over w[first : first + count], count a multiple of LANES, q the levels -limit to limit
+    that are nearest to w * scale."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        weights, importance = pointers(context, builder, signature.args[:2], arguments[:2])
+        first, count, scale, limit = arguments[2:]
+        factor, high, low = (splat(builder, value) for value in (scale, limit, builder.fneg(limit)))
+        offset = splat(builder, builder.fadd(limit, FLOAT(0.5)))
+        floats = ir.VectorType(FLOAT, LANES)
+        above, below = (cgutils.alloca_once(builder, floats) for _ in range(2))
+        builder.store(floats(None), above)
+        builder.store(floats(None), below)
+        with cgutils.for_range_slice(builder, first, builder.add(first, count), count.type(LANES)) as (index, _):
+            value = load(builder, builder.gep(weights, [index]))
+            level = ((value * factor).clamped(low, high) + offset).to_int().to_float() - high
+            weighted = load(builder, builder.gep(importance, [index])) * level
+            builder.store((Lanes(builder, builder.load(above)) + weighted * value).value, above)
+            builder.store((Lanes(builder, builder.load(below)) + weighted * level).value, below)
+        sums = [add_up(Lanes(builder, builder.load(total))) for total in (above, below)]
+        return context.make_tuple(builder, signature.return_type, sums)
+
+    return types.UniTuple(types.float32, 2)(w, d, first, count, scale, limit), generate
+
+
+_weighted_sums: Any = intrinsic(_weighted_sums_intrinsic)
+
+
+@njit(nogil=True, cache=True)
+def _sums(w, d, alpha, n):  # type: ignore[no-untyped-def]
+    """(sum D q w, sum D q^2) of the levels q that are nearest for an alpha; in fp64 beyond a chunk."""
+    scale, limit = np.float32(n / alpha), np.float32(n)
     offset = np.float32(limit + np.float32(0.5))
-    for i in range(w.size):
+    whole = w.size // LANES * LANES
+    above = 0.0
+    below = 0.0
+    for at in range(0, whole, _CHUNK):
+        a, b = _weighted_sums(w, d, at, min(_CHUNK, whole - at), scale, limit)
+        above += a
+        below += b
+    for i in range(whole, w.size):
         y = w[i] * scale
         y = limit if y > limit else y
         y = -limit if y < -limit else y
@@ -40,18 +81,6 @@ def _chunk_sums(w, d, scale, limit):  # type: ignore[no-untyped-def]
         weighted = d[i] * q
         above += weighted * w[i]
         below += weighted * q
-    return above, below
-
-
-@njit(nogil=True, cache=True)
-def _sums(w, d, alpha, n):  # type: ignore[no-untyped-def]
-    """(sum D q w, sum D q^2) of the levels q that are nearest for an alpha; in fp64 beyond a chunk."""
-    above = 0.0
-    below = 0.0
-    for at in range(0, w.size, _CHUNK):
-        a, b = _chunk_sums(w[at : at + _CHUNK], d[at : at + _CHUNK], np.float32(n / alpha), np.float32(n))
-        above += a
-        below += b
     return above, below
 
 
