@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from . import kmeans
 from .config import PQ_GROUPS, PqConfig, QuantizeConfig
+from .scalar import Linear
 from .schemes import decode_pq, dequantize
 from .technique import Packed, Weight, name_matches, select_weights, some_names, weights
 
 PqScheme = Literal["pq", "pq_int8"]
-LEVELS = 127  # of int8 centroids; -128 stays unused: symmetric
 
 
 @dataclass(frozen=True)
@@ -126,12 +126,8 @@ def store_centroids(codebook: Tensor, scheme: PqScheme) -> dict[str, Tensor]:
     """
     if scheme == "pq":
         return {"codebook": codebook.detach().half()}
-    values = codebook.detach().float()
-    scale = values.abs().max().reshape(1) / LEVELS
-    scale = torch.where(scale < torch.finfo(torch.float32).tiny, 0.0, scale)
-    divisor = torch.where(scale == 0, torch.inf, scale)
-    rounded = torch.clamp(torch.round(values / divisor), -LEVELS, LEVELS)
-    return {"codebook": rounded.to(torch.int8), "scale": scale}
+    parts = Linear(8, "tensor").quantize(codebook).parts
+    return {"codebook": parts["codes"], "scale": parts["scale"]}
 
 
 def centroid_values(codebook: Tensor, scheme: PqScheme) -> Tensor:

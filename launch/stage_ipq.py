@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from tenko.compression.ipq import Ipq
 from tenko.nmt import checkpoint, distributed
-from tenko.nmt.trainer import load_weights
+from tenko.nmt.trainer_state import load_weights
 
 from .rundir import StageContext
 from .stage_kinds import IpqStage
@@ -99,8 +98,7 @@ def _file_name(group: str) -> str:
 
 def _done(folder: Path) -> bool:
     """Whether the group is finished, as rank 0 sees it."""
-    mine = (folder / QUANTIZED / checkpoint.SUMS).is_file()
-    return bool(distributed.gather_json(mine, "cuda" if torch.cuda.is_available() else "cpu")[0])
+    return bool(distributed.from_rank0((folder / QUANTIZED / checkpoint.SUMS).is_file()))
 
 
 def _save(target: Path, model: nn.Module, technique: Ipq, figures: dict[str, Any]) -> None:

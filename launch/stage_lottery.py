@@ -29,7 +29,8 @@ from tenko.nmt import checkpoint, distributed
 from tenko.nmt.config import ModelConfig, ProfileConfig, TrainConfig
 from tenko.nmt.corpus import Corpus
 from tenko.nmt.fairseq_bridge import build_model
-from tenko.nmt.trainer import Trainer, load_weights
+from tenko.nmt.trainer import Trainer
+from tenko.nmt.trainer_state import load_weights
 
 from .files import read_json, write_json_atomic
 from .lottery_report import ROW, write_plots
@@ -57,7 +58,7 @@ def run_lottery(context: StageContext) -> None:
     for this in lottery.rounds(config):
         folder = context.directory / this.folder
         masks = _masks(stage, this, trained, masks, accelerator.device)
-        if _agree((folder / RESULT).is_file()):
+        if distributed.from_rank0((folder / RESULT).is_file()):
             context.reporter.log(f"{context.stage.name}: {this.folder} finished before, left alone")
         else:
             _run_round(stage, this, masks, trained, accelerator, corpus)
@@ -105,11 +106,6 @@ class _Stage:
                 f"{self.context.stage.name}.rewind_to: update {self.config.rewind_to} was not saved in "
                 f"{self.dense / CHECKPOINTS}; saved: {', '.join(map(str, saved)) or 'none'}"
             )
-
-
-def _agree(mine: bool) -> bool:
-    """What rank 0 sees on the disk, on every rank."""
-    return bool(distributed.gather_json(mine, "cuda" if torch.cuda.is_available() else "cpu")[0])
 
 
 def _masks(stage: _Stage, this: lottery.Round, trained: Path, before: Masks, device: torch.device) -> Masks:

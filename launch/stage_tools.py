@@ -74,8 +74,7 @@ def open_corpus(context: StageContext) -> Corpus:
     path = None
     if distributed.rank() == 0:
         path = str(corpus_of(context.recipe, report=context.reporter.log).path)
-    path = distributed.gather_json(path, "cuda" if torch.cuda.is_available() else "cpu")[0]
-    return Corpus.open(Path(path))
+    return Corpus.open(Path(distributed.from_rank0(path)))
 
 
 def corpus_of(recipe: Recipe, report: Callable[[str], None] = lambda line: None) -> Corpus:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -54,6 +55,12 @@ def gather_json(value: object, device: torch.device | str = "cpu") -> list:
         json.loads(bytes(part[: int(size)].cpu().numpy().tobytes()).decode())
         for part, size in zip(gathered, sizes, strict=True)
     ]
+
+
+def from_rank0(value: object) -> Any:
+    """Rank 0's JSON-serializable `value`, on every rank; what a rank sees on a disk may come later than what rank 0
+    does."""
+    return gather_json(value, "cuda" if torch.cuda.is_available() else "cpu")[0]
 
 
 def checksum(tensors: Iterable[Tensor]) -> str:
