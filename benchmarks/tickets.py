@@ -26,8 +26,8 @@ from tenko.compression.config import LotteryConfig
 from tenko.launch.lottery_report import Series, png, tickets_figure
 from tenko.launch.rundir import RESULT, RunDirectory
 from tenko.launch.stage_results import HYPOTHESES
+from tenko.launch.stage_tools import corpus_of
 from tenko.nmt.config import TrainConfig
-from tenko.nmt.prepare import prepare
 from tenko.nmt.significance import Difference, paired_bootstrap
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -97,7 +97,7 @@ def read_run(path: Path) -> tuple[list[Measured], list[str]]:
                 add(folder / this.folder, label(spec.config), result["fraction_remaining"])
     if len(found) < 2:
         raise ValueError(f"{path}: holds no finished lottery")
-    texts = prepare(recipe.data, report=lambda line: None).text("test")
+    texts = corpus_of(recipe).text("test")
     return found, list(texts[("en", "cs").index(recipe.direction.split("-")[1])])
 
 
