@@ -57,11 +57,21 @@ class World:
         return cls()
 
     def export(self, environ: MutableMapping[str, str] = os.environ) -> None:
-        """Set torchrun's variables, where there is more than one process."""
+        """Set torchrun's variables, where there is more than one process; under srun also where they meet.
+
+        Raises:
+            ValueError: under srun: a node's name does not resolve.
+        """
         if self.size > 1:
             environ["RANK"], environ["WORLD_SIZE"] = str(self.rank), str(self.size)
             environ["LOCAL_RANK"], environ["LOCAL_WORLD_SIZE"] = str(self.local_rank), str(self.local_size)
             environ["GROUP_RANK"] = str(self.node)
+            if self.launcher == "srun" and not ("MASTER_ADDR" in environ and "MASTER_PORT" in environ):
+                from .slurm_env import meeting_point
+
+                host, port = meeting_point(environ)
+                environ.setdefault("MASTER_ADDR", host)
+                environ.setdefault("MASTER_PORT", str(port))
 
     def __str__(self) -> str:
         if self.size == 1:

@@ -1,0 +1,288 @@
+"""A real SLURM cluster on this machine, for tests and for trying things out: its own munged, slurmctld and slurmds.
+
+    python tests/integration/slurm_cluster.py            # a shell in which sbatch, srun and squeue speak to 3 nodes
+
+Programs use `with Cluster() as cluster`. Nodes are slurmds on loopback, on ports of their own, and share the machine's
+cores; each claims two cores and two GPUs that do not exist. There are two partitions, `train`, and `high`, which
+preempts it. Everything is below one folder and ends with the block. Needs Linux, root, and Debian's slurmctld, slurmd,
+slurm-client and munge.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from types import TracebackType
+
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "sinfo")
+SBIN = "/usr/sbin:/usr/local/sbin"
+
+CONF = """\
+ClusterName=tenko{pid}
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={port}
+SlurmUser=root
+AuthType=auth/munge
+# cred_expire is also how long a requeued job waits before it may start: 120 s by default.
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
+CredType=cred/munge
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool-%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+SwitchType=switch/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SlurmdParameters=config_overrides
+GresTypes=gpu
+ReturnToService=2
+SlurmdTimeout=10
+SlurmctldTimeout=10
+MessageTimeout=10
+MinJobAge=300
+KillWait=10
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SchedulerParameters=bf_interval=1,sched_interval=1
+NodeName=DEFAULT CPUs=2 CoresPerSocket=2 RealMemory=4000 Gres=gpu:2 State=UNKNOWN
+{nodes}
+PartitionName=DEFAULT Nodes=ALL State=UP
+PartitionName=train Default=YES PriorityTier=1 GraceTime=60 MaxTime=1-0
+PartitionName=high PriorityTier=10 PreemptMode=OFF
+"""
+CGROUP = "CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n"
+
+
+def missing() -> str | None:
+    """What keeps a cluster from working here, in one line; None where it works."""
+    if not sys.platform.startswith("linux") or os.geteuid() != 0:
+        return "a SLURM cluster needs Linux and root"
+    absent = [name for name in PROGRAMS if shutil.which(name, path=f"{os.environ['PATH']}:{SBIN}") is None]
+    if absent:
+        return f"no {', '.join(absent)} (Debian: apt-get install slurmctld slurmd slurm-client munge)"
+    return None
+
+
+class Cluster:
+    """Nodes n0, n1, ... with slurmctld, for a `with` block.
+
+    Args:
+        nodes: how many.
+
+    Raises:
+        RuntimeError: it is not up in time; says what its logs end with.
+    """
+
+    def __init__(self, nodes: int = 3) -> None:
+        self.nodes = nodes
+        self.folder = Path()
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Cluster:
+        with ExitStack() as stack:
+            self.folder = Path(tempfile.mkdtemp(prefix="tenko-slurm-"))
+            stack.callback(shutil.rmtree, self.folder, ignore_errors=True)
+            self.folder.chmod(0o755)
+            stack.callback(self._end_all)
+            self._start()
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables under which SLURM's commands speak to this cluster."""
+        kept = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "SBATCH"))}
+        return {**kept, "SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": f"{os.environ['PATH']}:{SBIN}"}
+
+    def call(self, *command: str | Path, check: bool = True, timeout: float = 60) -> str:
+        """stdout of a command; with `check` a failure raises RuntimeError with its stderr."""
+        words = [str(word) for word in command]
+        done = subprocess.run(words, env=self.environment, capture_output=True, text=True, timeout=timeout)
+        if check and done.returncode:
+            raise RuntimeError(f"{' '.join(words)}: {done.returncode}: {done.stderr.strip()[-2000:]}")
+        return done.stdout
+
+    def job(self, job: str) -> dict[str, str]:
+        """What `scontrol show job` says of a job; empty when it is forgotten."""
+        words = self.call("scontrol", "show", "job", "-o", job, check=False).split()
+        return {key: value for word in words for key, _, value in [word.partition("=")] if value}
+
+    def wait(self, job: str, *states: str, timeout: float = 90) -> dict[str, str]:
+        """Wait until a job is in one of these states (COMPLETED, FAILED, RUNNING, PENDING ...), and return it."""
+        self.until(lambda: self.job(job).get("JobState") in states, f"job {job} in {states}", timeout)
+        return self.job(job)
+
+    def until(self, condition: Callable[[], bool], what: str, timeout: float = 90) -> None:
+        """Wait for a condition; after `timeout` seconds AssertionError with the cluster's state."""
+        deadline = time.monotonic() + timeout
+        while not condition():
+            state = self.call("scontrol", "show", "job", check=False) if time.monotonic() > deadline else ""
+            assert time.monotonic() < deadline, f"waited {timeout} s for {what}\n{state}"
+            time.sleep(0.1)
+
+    def crash(self, node: int) -> None:
+        """Kill a node's slurmd and all that it started, as if its power failed."""
+        pid = self._pid(f"n{node}")
+        assert pid is not None
+        for victim in [pid, *self._steps(f"n{node}")]:
+            for process in [victim, *_descendants(victim)]:
+                with suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
+
+    def mend(self, node: int) -> None:
+        """Start a crashed node again, and wait for it."""
+        self.call("slurmd", "-N", f"n{node}")
+        self._wait_idle()
+
+    def _start(self) -> None:
+        ports = _free_ports(self.nodes + 1)
+        host = socket.gethostname()
+        lines = [f"NodeName=n{i} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[i + 1]}" for i in range(self.nodes)]
+        conf = CONF.format(pid=os.getpid(), host=host, port=ports[0], folder=self.folder, nodes="\n".join(lines))
+        (self.folder / "slurm.conf").write_text(conf)
+        (self.folder / "cgroup.conf").write_text(CGROUP)
+        (self.folder / "gres.conf").write_text(f"Name=gpu File={self.folder}/gpu[0-1]\n")
+        for index in range(2):
+            (self.folder / f"gpu{index}").touch()
+        (self.folder / "state").mkdir()
+        key = self.folder / "munge.key"
+        key.touch(mode=0o600)
+        key.write_bytes(os.urandom(1024))
+        self.call(
+            "munged",
+            "--force",  # the folder above is /tmp, which others may write
+            f"--key-file={key}",
+            f"--socket={self.folder / 'munge.socket'}",
+            f"--pid-file={self.folder / 'munged.pid'}",
+            f"--log-file={self.folder / 'munged.log'}",
+            f"--seed-file={self.folder / 'munge.seed'}",
+        )
+        self.call("slurmctld")
+        for node in range(self.nodes):
+            self.call("slurmd", "-N", f"n{node}")
+        self._wait_idle()
+
+    def _wait_idle(self) -> None:
+        deadline = time.monotonic() + 30
+        while self.call("sinfo", "-h", "-p", "train", "-t", "idle", "-o", "%D", check=False).strip() != str(self.nodes):
+            if time.monotonic() > deadline:
+                logs = "\n".join(path.read_text()[-1000:] for path in sorted(self.folder.glob("*.log")))
+                raise RuntimeError(f"the cluster is not up: {self.call('sinfo', check=False)}\n{logs}")
+            time.sleep(0.05)
+
+    def _pid(self, name: str) -> int | None:
+        try:
+            return int((self.folder / f"{name}.pid").read_text())
+        except (OSError, ValueError):
+            return None
+
+    def _steps(self, node: str) -> list[int]:
+        """slurmstepds of a node. They are children of init, and know their node by the file they keep open."""
+        found = []
+        for pid in _processes():
+            with suppress(OSError):
+                if (Path("/proc") / str(pid) / "comm").read_text().strip() == "slurmstepd":
+                    files = [os.readlink(link) for link in (Path("/proc") / str(pid) / "fd").iterdir()]
+                    if any(
+                        name.startswith((f"{self.folder}/spool-{node}/", f"{self.folder}/{node}.")) for name in files
+                    ):
+                        found.append(pid)
+        return found
+
+    def _end_all(self) -> None:
+        """The jobs first, then who runs them, then what they left: everything that has this cluster's SLURM_CONF."""
+        with suppress(RuntimeError, subprocess.TimeoutExpired, FileNotFoundError):
+            for node in range(self.nodes):
+                for step in self._steps(f"n{node}"):
+                    for process in [*_descendants(step), step]:
+                        with suppress(ProcessLookupError):
+                            os.kill(process, signal.SIGKILL)
+        names = [*(f"n{node}" for node in range(self.nodes)), "slurmctld", "munged"]
+        pids = [pid for name in names if (pid := self._pid(name)) is not None]
+        for sent, seconds in ((signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
+            for pid in pids:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, sent)
+            deadline = time.monotonic() + seconds
+            while any(_alive(pid) for pid in pids) and time.monotonic() < deadline:
+                time.sleep(0.05)
+
+
+def _processes() -> list[int]:
+    return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+
+
+def _stat(pid: int) -> list[str]:
+    """Fields of /proc/PID/stat from the state on; empty when it is gone."""
+    try:
+        return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
+def _alive(pid: int) -> bool:
+    stat = _stat(pid)
+    return bool(stat) and stat[0] not in "ZX"
+
+
+def _descendants(pid: int) -> list[int]:
+    children: dict[int, list[int]] = {}
+    for process in _processes():
+        if stat := _stat(process):
+            children.setdefault(int(stat[1]), []).append(process)
+    found, queue = [], [pid]
+    while queue:
+        below = children.get(queue.pop(), [])
+        found += below
+        queue += below
+    return found
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports that are free now; all held at once, so that they differ."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+def main() -> int:
+    """The command line: a cluster for as long as a shell or a command runs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nodes", type=int, default=3)
+    parser.add_argument("command", nargs="*", help="default: a shell")
+    options = parser.parse_args()
+    if (why := missing()) is not None:
+        print(f"slurm_cluster: {why}", file=sys.stderr)
+        return 2
+    with Cluster(options.nodes) as cluster:
+        print(cluster.call("sinfo"), end="", flush=True)
+        command = options.command or [os.environ.get("SHELL", "/bin/bash")]
+        return subprocess.run(command, env=cluster.environment, check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
