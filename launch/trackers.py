@@ -1,13 +1,14 @@
 """Where figures go beside metrics.jsonl: TensorBoard and Weights & Biases, by accelerate's trackers.
 
 A tracker never ends a training: one that fails, for want of a network or a key, is warned about once and left. A run
-that resumes goes on in the same curves: TensorBoard is told which of its points come again, W&B gets its run's id,
-kept in the folder of the training.
+that resumes goes on in the same curves: TensorBoard is told which of its points come again; W&B gets its run's id, kept
+in the folder of the training, and the lines that it has not got, since it buffers them and a kill loses some.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -18,13 +19,15 @@ from tenko.nmt.config import TrainConfig
 
 from .errors import one_line
 from .files import write_text_atomic
+from .metrics import read_metrics
 from .recipe import to_dict
+from .rundir import METRICS
 
 if TYPE_CHECKING:
     from .rundir import StageContext
 
 TENSORBOARD, WANDB, WANDB_ID = "tensorboard", "wandb", "wandb-id"
-PATIENCE = 60.0
+PATIENCE = 30.0
 """Seconds that W&B may take to begin, and to send the rest at the end."""
 _EXTRAS = {TENSORBOARD: "trackers", WANDB: "wandb"}
 
@@ -59,7 +62,7 @@ class Trackers:
 
     def log(self, figures: dict[str, Any]) -> None:
         """Pass on the numbers of one line of metrics, as KIND/NAME at its update."""
-        values = {f"{figures['kind']}/{key}": v for key, v in figures.items() if isinstance(v, int | float)}
+        values = _values(figures)
         for name, tracker in [*self._trackers.items()]:
             self._guard(name, lambda tracker=tracker: tracker.log(values, step=figures["update"]))  # type: ignore[misc]
 
@@ -80,6 +83,10 @@ class Trackers:
             return None
 
 
+def _values(figures: dict[str, Any]) -> dict[str, float]:
+    return {f"{figures['kind']}/{key}": v for key, v in figures.items() if isinstance(v, int | float)}
+
+
 def _tensorboard(context: StageContext, folder: Path, title: str, update: int) -> Any:
     from accelerate.tracking import TensorBoardTracker
 
@@ -90,6 +97,7 @@ def _tensorboard(context: StageContext, folder: Path, title: str, update: int) -
 
 
 def _wandb(context: StageContext, folder: Path, title: str, update: int) -> Any:
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # to W&B's makers, and each try without a network waits
     import wandb
     from accelerate.tracking import WandBTracker
 
@@ -105,12 +113,13 @@ def _wandb(context: StageContext, folder: Path, title: str, update: int) -> Any:
         group=context.run_dir.name,
         config=to_dict(context.recipe),
         dir=str(folder),
-        settings=wandb.Settings(
-            silent=True, console="off", init_timeout=PATIENCE, finish_timeout=PATIENCE, x_disable_meta=True
-        ),
+        settings=wandb.Settings(silent=True, console="off", init_timeout=PATIENCE, finish_timeout=PATIENCE),
     )
     tracker.start()
     run = tracker.run
-    where = run.url or f"offline; `wandb sync` sends {Path(run.dir).parent}"
+    where = f"offline; `wandb sync` sends {Path(run.dir).parent}" if run.offline else run.url
     context.reporter.log(f"{title}: W&B run {run.id}, {where}")
+    for figures in read_metrics(folder / METRICS):
+        if run.step <= figures["update"] <= update:  # offline it knows of no earlier step, and gets the whole again
+            tracker.log(_values(figures), step=figures["update"])
     return tracker
