@@ -16,6 +16,8 @@ INK = "#010203"
 """Stands for the page's text colour: replaced by currentColor in the SVG."""
 COLOURS = ("#2f7ed8", "#e2711d", "#3a9d5d")
 MAX_POINTS = 800
+PERCENT = "% of the time"
+"""Unit of shares of one whole, which are drawn on top of each other."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ def stage_plots(entries: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
         log=True,
     )
     add("Training speed", "target tokens/s", [curve(train, "tokens_per_second", "tokens/s")])
+    shares = [curve(train, f"share_{name}", name, scale=100) for name in ("compute", "exchange", "data")]
+    add("Where the time of updates goes", PERCENT, shares)
     return plots
 
 
@@ -86,12 +90,17 @@ def draw(curves: Sequence[Curve], unit: str, *, log: bool) -> Figure:
     """One plot, 6 by 3 inches, transparent."""
     figure = Figure(figsize=(6, 3), layout="constrained")
     axes: Axes = figure.add_subplot()
-    for index, line in enumerate(curves):
+    stacked = unit == PERCENT
+    if stacked:
+        ys, labels = [line.y for line in curves], [line.label for line in curves]
+        axes.stackplot(curves[0].x, *ys, labels=labels, colors=COLOURS, alpha=0.75)
+        axes.set_ylim(0, 100)
+    for index, line in enumerate([] if stacked else curves):
         dots = "o" if line.marker or len(line.x) == 1 else ""
         axes.plot(line.x, line.y, label=line.label, color=COLOURS[index % 3], linewidth=1.6, marker=dots, markersize=4)
     if log:
         axes.set_yscale("log")
-    elif min(min(line.y) for line in curves) >= 0 and unit != "nats a target token":
+    elif not stacked and min(min(line.y) for line in curves) >= 0 and unit != "nats a target token":
         axes.set_ylim(bottom=0)
     axes.set_xlim(left=0)
     axes.set_xlabel("update")
@@ -99,7 +108,8 @@ def draw(curves: Sequence[Curve], unit: str, *, log: bool) -> Figure:
     axes.grid(visible=True, color="#888888", alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     if len(curves) > 1:
-        axes.legend(frameon=False)
+        beside: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1, 0.5), "reverse": True}
+        axes.legend(frameon=False, **(beside if stacked else {}))
     return figure
 
 

@@ -39,7 +39,9 @@ def run(tmp_path: Path) -> RunDirectory:
     log = MetricsLog(run.context(0, Reporter(enabled=False), writer=True, resume=False).metrics_path)
     for update in (2, 4):
         wire = {"wire_bytes": update * 100, "wire_fp32_bytes": update * 900}
-        log.append({"update": update, "kind": "train", "loss": 5.0, "nll": 4.0, "tokens_per_second": 9.0, **wire})
+        shares = {"share_compute": 0.7, "share_exchange": 0.25, "share_data": 0.05}
+        line = {"update": update, "kind": "train", "loss": 5.0, "nll": 4.0, "tokens_per_second": 9.0}
+        log.append({**line, **wire, **shares})
     log.append({"update": 4, "kind": "valid", "nll": 4.1, "bleu": 1.5})
     log.close()
     return run
@@ -72,7 +74,9 @@ def test_a_partial_run_has_curves_and_says_what_is_missing(run: RunDirectory) ->
         "BLEU on validation sentences",
         "Bytes on the wire, cumulative, one worker",
         "Training speed",
+        "Where the time of updates goes",
     ]
+    assert all(f">{name}</text>" in page for name in ("compute", "exchange", "data", "% of the time"))
     assert (run.path / "1-train" / "report.html").exists()
     assert not (run.path / "2-quantize").exists()
 
