@@ -32,7 +32,7 @@ from tenko.nmt.batches import UpdateStream
 from tenko.nmt.config import TrainConfig
 from tenko.nmt.fairseq_bridge import ModelWithLoss, build_model
 from tenko.nmt.prepare import prepare
-from tenko.nmt.trainer import load_weights
+from tenko.nmt.trainer_state import load_weights
 
 SUFFIXES = ("embed_tokens.weight", "layers.0.fc1.weight", "self_attn.q_proj.weight")
 RANKS = 2

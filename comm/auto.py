@@ -10,6 +10,7 @@ the one that loses least is taken.
 import logging
 import statistics
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -137,6 +138,14 @@ class Auto(Route):
         self.choice, self.seconds = state["choice"], dict(state["seconds"])
         if self.choice is not None:
             self._current = self.choice
+
+    def adopt(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """As of every route; and measures anew, as the fastest depends on the number of ranks."""
+        own = self._own(states)
+        for name, route in self.candidates.items():
+            if all(name in state["candidates"] for state in states):
+                route.adopt([state["candidates"][name] for state in states])
+        Route.load_state_dict(self, own)
 
     def close(self) -> None:
         super().close()

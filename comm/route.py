@@ -3,7 +3,7 @@
 # No `from __future__ import annotations`: DDP compares the annotations of a hook with classes, not with their names.
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .meter import WireMeter
+from .waits import Waits
 
 
 class Route(ABC):
@@ -19,6 +20,9 @@ class Route(ABC):
 
     def __init__(self) -> None:
         self.meter = WireMeter()
+        self.waits = Waits()
+        """How long this rank waits for others: from the last bucket that it hands over until who runs backward says
+        `waits.end()`, and in what the optimizer asks of other ranks."""
         self.step = 0
         """Exchanges of a whole gradient so far: part of the key of the stochastic rounding."""
         self._model: DistributedDataParallel | None = None
@@ -52,7 +56,10 @@ class Route(ABC):
             )
             done.set_result(buffer)
             return done
-        return self._exchange(buffer, bucket, step)
+        mean = self._exchange(buffer, bucket, step)
+        if bucket.is_last():
+            self.waits.begin(self.device)
+        return mean
 
     @abstractmethod
     def _exchange(self, buffer: Tensor, bucket: dist.GradBucket, step: int) -> torch.futures.Future[Tensor]:
@@ -86,6 +93,21 @@ class Route(ABC):
                 raise ValueError(f"comm.{key}: missing in the saved state; it has {', '.join(sorted(state))}")
         self.step = int(state["step"])
         self.meter.load_state_dict(state["meter"])
+
+    def adopt(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Goes on from the states of another number of ranks, but for what was a rank's own: error feedback begins at
+        zero, and shards of optimizer state are left to `reshard.adopt`.
+
+        Args:
+            states: of all ranks then, in order.
+        """
+        self.load_state_dict({**self._own(states), "feedback": None, "server": None})
+
+    def _own(self, states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The state that this rank had; a new rank has sent nothing yet."""
+        if self.rank < len(states):
+            return dict(states[self.rank])
+        return {**states[0], "meter": WireMeter().state_dict()}
 
     def close(self) -> None:
         """Ends what the route started. The model cannot be trained on afterwards."""

@@ -178,22 +178,22 @@ class ServerRoute(LaneRoute):
         square = sum_of_squares(mine, self.device)
         if self._link is not None:
             exchange = _from_all(self._link, square.view(1), NORM)
-            try:
-                while True:
-                    next(exchange).wait()
-            except StopIteration as done:
-                square = done.value.sum()
+            with self.waits.around(self.device):
+                try:
+                    while True:
+                        next(exchange).wait()
+                except StopIteration as done:
+                    square = done.value.sum()
         return (square + sum_of_squares(shared, self.device)).sqrt().float()
 
     # State
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
-        owner = None if self._optimizer is None else self._optimizer.owner
         decided = UNDECIDED not in self._lane_of
         return {
             **state,
-            "server": None if owner is None else owner.state_dict(),
+            "server": None if self._optimizer is None else self._optimizer.shard_state(),
             "routes": list(self._lane_of) if decided else None,
         }
 
@@ -361,7 +361,8 @@ class ServerOptimizer(torch.optim.Optimizer):
             outgoing = {rank: own for rank in others if own.numel()}
             incoming: dict[int, Tensor | None] = {r: self._payloads[r] for r in others if self._payloads[r].numel()}
             route.meter.add(down=own.numel() * len(outgoing))
-            route._link.start(WEIGHTS, outgoing, incoming).wait()
+            with route.waits.around(route.device):
+                route._link.start(WEIGHTS, outgoing, incoming).wait()
         for form, shard, payload in zip(self._forms, self._shards, self._payloads, strict=True):
             if self._delta is None:
                 form.decode(payload, self._flat)
@@ -381,6 +382,38 @@ class ServerOptimizer(torch.optim.Optimizer):
             group.update(saved)
         if self._inner is not None:
             self._inner.load_state_dict(state["others"])
+
+    def shard_state(self) -> dict[str, Tensor]:
+        """The owner's state, and of each of its segments: the parameter's place in the model, start in it, elements."""
+        return {**self.owner.state_dict(), "segments": torch.from_numpy(self._segments())}
+
+    def _segments(self) -> np.ndarray:
+        shard = self._shards[self._route.rank]
+        starts = shard.table[:, 0] - np.array(self._starts, dtype=np.int64)[shard.tensors]
+        return np.stack([self._indices[shard.tensors], starts, shard.table[:, 1]], axis=1)
+
+    def take(self, parameters: Sequence[nn.Parameter], moments: dict[int, dict[str, Tensor]]) -> None:
+        """Goes on with the state of a whole model, of which this rank takes its shard (see reshard.py).
+
+        Args:
+            parameters: all of the model's, in order.
+            moments: by place in the model; `weights` of those that have none here are the parameter's.
+        """
+        from .reshard import load_adamw
+
+        at = 0
+        for segment, (place, start, numel) in enumerate(self._segments().tolist()):
+            kept = {"weights": parameters[place].detach(), **moments.get(place, {})}
+            here, there = slice(at, at + numel), slice(start, start + numel)
+            self.owner.weights[here] = kept["weights"].reshape(-1)[there]
+            for key, own in (("exp_avg", self.owner.mean), ("exp_avg_sq", self.owner.square)):
+                own[here] = kept[key].reshape(-1)[there] if key in kept else 0
+            self.owner.steps[segment] = kept.get("step", 0)
+            at += numel
+        if self._inner is not None:
+            place_of = {id(parameter): place for place, parameter in enumerate(parameters)}
+            others = [place_of[id(p)] for group in self._inner.param_groups for p in group["params"]]
+            load_adamw(self._inner, others, moments)
 
 
 def _parameters_of(route: ServerRoute) -> list[nn.Parameter]:

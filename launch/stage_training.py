@@ -13,17 +13,17 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tenko.comm import Route, make_route, register
 from tenko.compression import Technique
-from tenko.nmt import checkpoint, distributed
+from tenko.nmt import distributed
 from tenko.nmt.batches import UpdateStream
 from tenko.nmt.config import TrainConfig
 from tenko.nmt.corpus import Corpus
 from tenko.nmt.deepspeed_engine import ZeroEngine
-from tenko.nmt.trainer import Trainer, load_weights
+from tenko.nmt.trainer import Trainer
+from tenko.nmt.trainer_state import final_weights, load_weights
 from tenko.nmt.validate import Validator
 
 from .errors import Stopped
@@ -115,12 +115,11 @@ def train_model(
         techniques=techniques,
         teacher=teacher,
     )
-    if _begun(folder):
-        trainer.resume()
-    else:
+    if not trainer.resume():
         begin(trainer)
     _run(context, config, corpus, trainer, folder, title)
-    weights = _final_weights(context, config, folder / CHECKPOINTS)
+    weights, which = final_weights(folder / CHECKPOINTS, config, trainer.updates)
+    context.reporter.log(f"{context.stage.name}: {which}")
     load_weights(trainer.parameters, weights, folder / CHECKPOINTS)
     meter = trainer.route.meter if trainer.route is not None else None
     wire = None if meter is None else {key: getattr(meter, key) for key in _WIRE}
@@ -136,12 +135,6 @@ def train_model(
 
 
 _WIRE = ("bytes_sent", "fp32_bytes", "up_bytes", "down_bytes")
-
-
-def _begun(folder: Path) -> bool:
-    """Whether there is a checkpoint to go on from, as rank 0 sees it."""
-    mine = bool(checkpoint.list_updates(folder / CHECKPOINTS))
-    return bool(distributed.gather_json(mine, "cuda" if torch.cuda.is_available() else "cpu")[0])
 
 
 def _distribute(accelerator: Accelerator, module: nn.Module, context: StageContext) -> tuple[nn.Module, Route | None]:
@@ -229,15 +222,3 @@ def _run(
         raise Stopped(trainer.updates)
     if trainer.stopped_early:
         reporter.log(f"{title}: BLEU has not risen for {config.patience} validations, stopped at {trainer.updates}")
-
-
-def _final_weights(context: StageContext, config: TrainConfig, checkpoints: Path) -> dict[str, Tensor]:
-    """The average of the last checkpoints, or the best by validation BLEU."""
-    name = context.stage.name
-    if config.average_last == 1:
-        weights, state, _ = checkpoint.load(checkpoints / "best")
-        context.reporter.log(f"{name}: best validation BLEU {state['bleu']:.2f} at update {state['update']}")
-        return weights
-    updates = checkpoint.list_updates(checkpoints)[-config.average_last :]
-    context.reporter.log(f"{name}: average of the checkpoints of updates {', '.join(map(str, updates))}")
-    return checkpoint.average([checkpoint.path_of(checkpoints, update) for update in updates])

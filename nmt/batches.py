@@ -1,9 +1,10 @@
-"""Which sentences are in which update: a pure function of (seed, update, rank, world size).
+"""Which sentences are in which update: a pure function of (seed, update, micro-batches an update).
 
 Batches are cut once, by length, as fairseq does; each epoch shuffles them anew, and epochs follow one another without a
-seam, so every update has exactly `world * update_freq` batches: no dummy batches, none dropped. Because nothing but the
+seam, so every update has exactly `micro_batches` batches: no dummy batches, none dropped. Because nothing but the
 update's number is needed, a resumed or rewound run reads the same sentences, and every rank knows the target
-tokens of all ranks without asking them.
+tokens of all ranks without asking them. Ranks take turns: the sentences of an update are the same for any number of
+ranks that shares them.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class MicroBatches:
     """The work of one rank in one update."""
 
     samples: list[dict[str, Any]]
-    """Collated batches, `update_freq` of them."""
+    """Collated batches: those whose place in the update is the rank, the rank + world, ..."""
     target_tokens: int
     """Target tokens of the whole update, over all ranks."""
 
@@ -37,7 +38,7 @@ class UpdateStream:
         direction: `en-cs` or `cs-en`.
         seed: of the order.
         max_tokens: tokens a batch, padding included.
-        update_freq: batches a rank and update.
+        update_freq: batches a rank and update, where the training begins with these ranks.
         rank, world: which share is ours.
 
     Raises:
@@ -49,7 +50,10 @@ class UpdateStream:
     ) -> None:
         self.shards = shards
         self.source, self.target = direction.split("-")
-        self.seed, self.update_freq, self.rank, self.world = seed, update_freq, rank, world
+        self.seed, self.rank, self.world = seed, rank, world
+        self.micro_batches = world * update_freq
+        """Batches of an update, all ranks together, at least one a rank; a training that goes on with more or fewer
+        ranks keeps what it began with."""
         order, sizes = length_order(shards, direction, np.random.default_rng((seed, 0x0BDE)))
         if len(sizes) and sizes.max() > max_tokens:
             raise ValueError(
@@ -70,7 +74,7 @@ class UpdateStream:
 
     def epoch(self, update: int) -> float:
         """Passes over the corpus when update number `update` (from 1) is done."""
-        return update * self.world * self.update_freq / self.batches_per_epoch
+        return update * self.micro_batches / self.batches_per_epoch
 
     def _batch_number(self, position: int) -> int:
         epoch, offset = divmod(position, self.batches_per_epoch)
@@ -81,8 +85,9 @@ class UpdateStream:
 
     def update(self, update: int) -> MicroBatches:
         """The batches of update number `update`, counted from 1."""
-        first = (update - 1) * self.world * self.update_freq
-        numbers = [self._batch_number(first + i) for i in range(self.world * self.update_freq)]
+        assert self.micro_batches >= self.world, "every rank must take part in the exchange"
+        first = (update - 1) * self.micro_batches
+        numbers = [self._batch_number(first + i) for i in range(self.micro_batches)]
         samples = [self._collate(n) for n in numbers[self.rank :: self.world]]
         return MicroBatches(samples, int(self._tokens[numbers].sum()))
 

@@ -6,15 +6,14 @@ checkpoints/update-00000500/
     rank-0.pt ...         what differs between ranks: the communication route's state
     checksums.json        SHA-256 of each file, written last
 checkpoints/best/         the same layout, weights only, of the best validation BLEU
+
+`save` writes one at once, with barriers between the ranks; `saver.py` in the background, without.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import io
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Collection, Mapping
@@ -22,17 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-SUMS = "checksums.json"
+from .checkpoint_parts import MODEL, STATE, SUMS, explained, seal, sha256, write_part
+
 _NAME = re.compile(r"update-(\d+)$")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def path_of(directory: Path, update: int) -> Path:
@@ -62,71 +56,59 @@ def save(
         target: the folder; an older one of the same name is replaced.
         model_state: weights by name, tied ones once.
         state: what a resumed run needs beside them; plain containers and tensors.
-        rank_state: this rank's own state.
+        rank_state: this rank's own state; of all ranks or of none.
         barrier: waits for all ranks.
 
     Raises:
         OSError: the disk is full or not writable; no half-written checkpoint is left under the final name.
     """
     temporary = target.with_name(target.name + ".partial")
-    try:
+    with explained(target):
         if rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        barrier()
-        if rank_state is not None:
-            _save_state(rank_state, temporary / f"rank-{rank}.pt")
-        if rank == 0:
-            _save_safetensors({k: v.detach().cpu().contiguous() for k, v in model_state.items()}, temporary)
-            if state is not None:
-                _save_state(state, temporary / "state.pt")
         barrier()
         if rank == 0:
-            _seal(temporary, target)
+            write_part(temporary, rank=0, rank_state=rank_state, model_state=model_state, state=state)
+        else:
+            write_part(temporary, rank=rank, rank_state=rank_state)
         barrier()
-    except OSError as error:
-        # Only what this rank wrote: were the folder to go, other ranks would fail for want of it, and say so first.
-        mine = [f"rank-{rank}.pt", *(["model.safetensors", "state.pt"] if rank == 0 else [])]
-        for name in mine:
-            with contextlib.suppress(OSError):
-                (temporary / name).unlink(missing_ok=True)
-        raise OSError(
-            f"{target}: cannot write the checkpoint: {_first_line(error)}; earlier ones are intact"
-        ) from error
+        if rank == 0:
+            seal(temporary, target)
+        barrier()
 
 
-def _save_state(state: dict[str, Any], path: Path) -> None:
-    buffer = io.BytesIO()  # given a file, torch.save hides a full disk behind a RuntimeError of its zip writer
-    torch.save(state, buffer)
-    path.write_bytes(buffer.getbuffer())
+# Reading
 
 
-def _save_safetensors(tensors: dict[str, Tensor], folder: Path) -> None:
+def damage_of(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, with the file's name before it; None if every file fits its checksum."""
     try:
-        save_file(tensors, folder / "model.safetensors")
-    except SafetensorError as error:  # its word for an I/O error
-        raise OSError(str(error)) from error
+        sums = json.loads((folder / SUMS).read_text())
+        items = list(sums.items())
+    except FileNotFoundError:
+        return f"{folder}: no such checkpoint"
+    except (ValueError, AttributeError):
+        return f"{folder / SUMS}: damaged"
+    for name, expected in items:
+        path = folder / name
+        if not path.is_file():
+            return f"{path}: missing from the checkpoint"
+        if sha256(path) != expected:
+            return f"{path}: damaged (its checksum differs)"
+    ranks = {f"rank-{rank}.pt" for rank in range(_world(folder))}
+    for name in sorted(ranks - sums.keys()):
+        return f"{folder / name}: missing from the checkpoint"
+    return None
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
-
-
-def _seal(temporary: Path, target: Path) -> None:
-    sums = {p.name: _sha256(p) for p in sorted(temporary.iterdir())}
-    (temporary / SUMS).write_text(json.dumps(sums, indent=1) + "\n")
-    for path in temporary.iterdir():
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-    if target.exists():
-        old = target.with_name(target.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        target.rename(old)
-        temporary.rename(target)
-        shutil.rmtree(old)
-    else:
-        temporary.rename(target)
+def _world(folder: Path) -> int:
+    """Ranks whose state belongs to a checkpoint; 0 where none has any."""
+    if not (folder / STATE).is_file():
+        return 0
+    with contextlib.suppress(Exception):  # whatever it holds instead, `load` will say
+        state = torch.load(folder / STATE, weights_only=True, map_location="cpu", mmap=True)
+        return int(state.get("world", 0))
+    return 0
 
 
 def verify(folder: Path) -> None:
@@ -135,44 +117,101 @@ def verify(folder: Path) -> None:
     Raises:
         ValueError: the checkpoint is missing, incomplete or damaged; the message names the file and what to do.
     """
-    cure = "delete this folder to go on from the checkpoint before it"
-    try:
-        sums = json.loads((folder / SUMS).read_text())
-        items = list(sums.items())
-    except FileNotFoundError:
-        raise ValueError(f"{folder}: no such checkpoint") from None
-    except (ValueError, AttributeError):
-        raise ValueError(f"{folder / SUMS}: damaged; {cure}") from None
-    for name, expected in items:
-        path = folder / name
-        if not path.is_file():
-            raise ValueError(f"{path}: missing from the checkpoint; {cure}")
-        if _sha256(path) != expected:
-            raise ValueError(f"{path}: damaged (its checksum differs); {cure}")
+    damage = damage_of(folder)
+    if damage is not None:
+        missing = not folder.is_dir()
+        raise ValueError(damage if missing else f"{damage}; delete this folder to go on from the checkpoint before it")
 
 
-def load(folder: Path, *, rank: int = 0) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any] | None]:
+def newest_whole(directory: Path) -> tuple[int | None, list[str]]:
+    """The newest checkpoint that is whole.
+
+    Returns:
+        Its update, None if there is none; and what is wrong with each newer one.
+    """
+    damages: list[str] = []
+    for update in reversed(list_updates(directory)):
+        damage = damage_of(path_of(directory, update))
+        if damage is None:
+            return update, damages
+        damages.append(damage)
+    return None, damages
+
+
+def set_aside(directory: Path, after: int) -> None:
+    """Rename the checkpoints of later updates, which are damaged: nothing counts them any more."""
+    for update in list_updates(directory):
+        if update > after:
+            folder = path_of(directory, update)
+            aside = folder.with_name(folder.name + ".damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+
+
+def load(
+    folder: Path, *, rank: int = 0, check: bool = True
+) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any] | None]:
     """Read a checkpoint back: weights, shared state, and this rank's state (None if it has none).
+
+    Args:
+        folder: the checkpoint.
+        rank: whose state.
+        check: hold it to its checksums; False where that has just been done.
 
     Raises:
         ValueError: see `verify`.
     """
-    verify(folder)
-    weights = load_file(folder / "model.safetensors")
-    state_path, rank_path = folder / "state.pt", folder / f"rank-{rank}.pt"
-    state = torch.load(state_path, weights_only=True, map_location="cpu") if state_path.exists() else {}
-    rank_state = torch.load(rank_path, weights_only=True, map_location="cpu") if rank_path.exists() else None
-    return weights, state, rank_state
+    if check:
+        verify(folder)
+    weights = load_file(folder / MODEL)
+    state = _load_state(folder / STATE)
+    return weights, state or {}, load_rank(folder, rank)
 
 
-def prune(directory: Path, keep_last: int, keep: Collection[int] = ()) -> None:
-    """Delete all but the newest `keep_last` checkpoints and those of the updates `keep`, and what an interrupted run
-    left half-written."""
-    for update in list_updates(directory)[:-keep_last]:
-        if update in keep:
-            continue
-        shutil.rmtree(path_of(directory, update))
-    for leftover in [*directory.glob("*.partial"), *directory.glob("*.old")]:
+def load_rank(folder: Path, rank: int) -> dict[str, Any] | None:
+    """A rank's state, unchecked; None if it has none."""
+    return _load_state(folder / f"rank-{rank}.pt")
+
+
+def _load_state(path: Path) -> dict[str, Any] | None:
+    return torch.load(path, weights_only=True, map_location="cpu") if path.exists() else None
+
+
+# Keeping house
+
+
+def prune(
+    directory: Path,
+    keep_last: int,
+    keep: Collection[int] = (),
+    *,
+    regular: Callable[[int], bool] = lambda update: True,
+) -> None:
+    """Delete checkpoints but the newest, the last `keep_last` of the regular ones, and those of the updates `keep`.
+
+    Args:
+        directory: of checkpoints.
+        keep_last: at least 1.
+        keep: updates kept for good.
+        regular: whether an update is saved in every run: one that was saved on notice only has served its time when
+            there is a newer one, and must not stand in a regular one's place.
+    """
+    updates = list_updates(directory)
+    kept = {*updates[-1:], *[update for update in updates if regular(update)][-keep_last:], *keep}
+    for update in updates:
+        if update not in kept:
+            shutil.rmtree(path_of(directory, update))
+
+
+def sweep(directory: Path) -> None:
+    """Delete what an interrupted run left half-written; nobody may be writing."""
+    for old in directory.glob("*.old"):
+        whole = old.with_suffix("")
+        if whole.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:  # it was being replaced
+            old.rename(whole)
+    for leftover in directory.glob("*.partial"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
@@ -186,7 +225,7 @@ def average(folders: list[Path]) -> dict[str, Tensor]:
     types: dict[str, torch.dtype] = {}
     for folder in folders:
         verify(folder)
-        for name, tensor in load_file(folder / "model.safetensors").items():
+        for name, tensor in load_file(folder / MODEL).items():
             types[name] = tensor.dtype
             total[name] = total.get(name, torch.zeros((), dtype=torch.float64)) + tensor.to(torch.float64)
     return {name: (tensor / len(folders)).to(types[name]) for name, tensor in total.items()}

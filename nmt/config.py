@@ -143,7 +143,8 @@ class TrainConfig:
     max_tokens: int = 1500
     """Tokens of a micro-batch, padding included, on each rank (fairseq's max_tokens)."""
     update_freq: int = 1
-    """Micro-batches accumulated on each rank before an update."""
+    """Micro-batches accumulated on each rank before an update. A run that goes on with fewer or more workers shares the
+    micro-batches of an update anew: their number stays what it was when the training began."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto takes bf16 where the processor or GPU multiplies it natively, else fp32. fp16 scales the loss."""
     engine: Literal["ddp", "deepspeed"] = "ddp"
@@ -227,3 +228,7 @@ class TrainConfig:
             "average_last",
             f"must be at most keep_last ({self.keep_last}), is {self.average_last}",
         )
+
+    def saves_at(self, update: int) -> bool:
+        """Whether every run saves this update; others may be saved on notice, or where patience ends."""
+        return update % self.save_interval == 0 or update in self.keep_updates or update == self.max_update

@@ -3,7 +3,8 @@
 What is notable: the loss is divided by the global number of target tokens before the backward pass (every rank knows
 that number from the batch plan), so gradients are normalised on the wire already and no second pass over them is
 needed; a step with a non-finite gradient is skipped on the device, by the fused optimizer, without waiting for it; and
-an update is a pure function of weights, optimizer state and its number, which makes a resumed run bit-exact.
+an update is a pure function of weights, optimizer state and its number, which makes a resumed run bit-exact. Even
+dropout does not depend on which rank computes a micro-batch, so that other workers can go on with the same training.
 """
 
 from __future__ import annotations
@@ -19,15 +20,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tenko.compression.technique import Technique, UsesMoments
 
-from . import checkpoint, distributed, precision
+from . import checkpoint, distributed, precision, trainer_state
 from .batches import UpdateStream, to_device
 from .config import TrainConfig
 from .fairseq_bridge import ModelWithLoss
+from .saver import Content, Saver
 from .schedule import learning_rate
+from .shares import Shares
 from .validate import Validation
 
 if TYPE_CHECKING:
@@ -114,6 +117,8 @@ class Trainer:
         self.best = Best()
         self.seconds = 0.0
         """Time spent in updates, validations and checkpoints left out; survives a resume."""
+        self.shares = Shares(self.device, self.route)
+        self._saver: Saver | None = None
         self._reset_figures()
 
     # One update
@@ -121,9 +126,11 @@ class Trainer:
     def update(self) -> None:
         """Forward and backward for each micro-batch, then one optimizer step."""
         number = self.updates + 1
+        self.shares.begin()
+        started = time.perf_counter()
         work = self.stream.update(number)
-        # Dropout depends on (seed, update, rank) only: nothing of torch's generator needs saving.
-        torch.manual_seed(int(np.random.SeedSequence((self.seed, number, self.stream.rank)).generate_state(1)[0]))
+        self.shares.data_read(started)
+        self._seed(number)
         for technique in self.techniques:
             technique.before_update(self.updates)
         self.wrapped.train()
@@ -133,7 +140,10 @@ class Trainer:
         for i, sample in enumerate(work.samples):
             last = i == len(work.samples) - 1
             with self._synchronise_if(last):
+                started = time.perf_counter()
                 sample = to_device(sample, self.device)
+                self.shares.data_read(started)
+                self._seed(number, self.stream.rank + i * self.stream.world)
                 with precision.autocast(self.precision, self.device):
                     loss, nll = self.wrapped(sample)
                 if self.engine is not None:
@@ -142,11 +152,18 @@ class Trainer:
                     self.scaler.scale(loss * normaliser).backward()
             self._loss += loss.detach()
             self._nll += nll.detach()
+        if self.route is not None:
+            self.route.waits.end()
         self._step()
         for technique in self.techniques:
             technique.after_update(self.updates)
         self.updates = number
         self._tokens += work.target_tokens
+
+    def _seed(self, *place: int) -> None:
+        """Dropout depends on the seed, the update and the number of the micro-batch in it: not on ranks, and nothing of
+        torch's generator needs saving."""
+        torch.manual_seed(int(np.random.SeedSequence((self.seed, *place)).generate_state(1)[0]))
 
     def _synchronise_if(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         no_sync = getattr(self.wrapped, "no_sync", None)
@@ -198,29 +215,50 @@ class Trainer:
             should_stop: asked after each update but the last, with its number; the same on all ranks. At a yes the
                 update is saved and `stopped` is set.
         """
-        config = self.config
         self.model.train()
-        if self.updates == 0 and 0 in config.keep_updates:
-            self.save()
+        saver = self._begin_saves()
+        try:
+            if self.updates == 0 and 0 in self.config.keep_updates:
+                self._save(final=False)
+            self._loop(validate, on_metrics, on_update, on_phase, should_stop)
+            saver.close()
+        except BaseException:
+            saver.abandon()
+            raise
+        distributed.barrier()  # the others may read the checkpoints that rank 0 has sealed
+
+    def _loop(
+        self,
+        validate: Callable[[], Validation],
+        on_metrics: Callable[[dict[str, Any]], None],
+        on_update: Callable[[int], None],
+        on_phase: Callable[[str], None],
+        should_stop: Callable[[int], bool],
+    ) -> None:
+        config, saver = self.config, self._begin_saves()
         while self.updates < config.max_update and not self.stopped_early:
+            saver.check()
             on_phase("update")
             started = time.perf_counter()
             self.update()
             last = self.updates == config.max_update
             on_update(self.updates)
-            if self.updates % config.log_interval == 0 or last:
-                figures = self._figures(started)
-                on_metrics(figures)
+            logged = self.updates % config.log_interval == 0 or last
+            if logged:
+                on_metrics(self._figures(started))
             else:
+                self.shares.end(logged=False)
                 self.seconds += time.perf_counter() - started
+            best = False
             if self.updates % config.valid_interval == 0 or last:
                 on_phase("validate")
-                on_metrics(self._validate(validate))
+                best = self._validate(validate, on_metrics)
             self.stopped = not last and should_stop(self.updates)
-            due = self.updates % config.save_interval == 0 or self.updates in config.keep_updates
-            if due or last or self.stopped_early or self.stopped:
+            final = last or self.stopped_early
+            due = config.saves_at(self.updates) or final or self.stopped
+            if due or best:
                 on_phase("save")
-                self.save()
+                self._save(update=due, best=best, final=final)
             if self.stopped:
                 return
 
@@ -239,8 +277,11 @@ class Trainer:
 
     def _figures(self, started: float) -> dict[str, Any]:
         """The figures since the last call: here, and only here, the loop waits for the device."""
-        loss, nll = distributed.sum_over_ranks([self._loss.item(), self._nll.item()], self.device)
+        local = [self._loss.item(), self._nll.item()]
+        self.shares.end(logged=True)
+        loss, nll, *seconds = distributed.sum_over_ranks([*local, *self.shares.read()], self.device)
         self.seconds += time.perf_counter() - started
+        data, exchange = (part / max(seconds[2], 1e-9) for part in seconds[:2])
         tokens = max(self._tokens, 1)
         nll /= tokens
         overflows = int(self._overflows.item())
@@ -255,6 +296,10 @@ class Trainer:
             "grad_norm": self._norm.item(),
             "tokens_per_second": self._tokens / max(self.seconds - self._seconds_before, 1e-9),
             "seconds": self.seconds,
+            # means over ranks, of the time of updates; see shares.py
+            "share_compute": 1 - data - exchange,
+            "share_exchange": exchange,
+            "share_data": data,
         }
         if overflows:
             figures["overflows"] = overflows
@@ -277,71 +322,91 @@ class Trainer:
         self._reset_figures()
         return figures
 
-    def _validate(self, validate: Callable[[], Validation]) -> dict[str, Any]:
+    def _validate(self, validate: Callable[[], Validation], on_metrics: Callable[[dict[str, Any]], None]) -> bool:
+        """Whether this model is the best so far."""
         distributed.assert_ranks_agree(self.parameters.values(), f"weights after update {self.updates}", self.device)
         self.wrapped.eval()
         result = validate()
         self.wrapped.train()
         since = 0 if result.bleu > self.best.bleu else self.best.since + 1
-        if (result.bleu, -result.nll) > (self.best.bleu, -self.best.nll):
+        better = (result.bleu, -result.nll) > (self.best.bleu, -self.best.nll)
+        if better:
             self.best = Best(result.bleu, self.updates, since, result.nll)
-            checkpoint.save(
-                self.checkpoints / "best",
-                model_state=self.parameters,
-                state={"update": self.updates, "bleu": result.bleu},
-                rank=distributed.rank(),
-                barrier=distributed.barrier,
-            )
         else:
             self.best.since = since
-        return {
-            "kind": "valid",
-            "update": self.updates,
-            "nll": result.nll,
-            "ppl": math.exp(min(result.nll, 100)),
-            "bleu": result.bleu,
-            "best_bleu": self.best.bleu,
-            "bleu_signature": result.signature,
-            "seconds": self.seconds,
-        }
+        on_metrics(
+            {
+                "kind": "valid",
+                "update": self.updates,
+                "nll": result.nll,
+                "ppl": math.exp(min(result.nll, 100)),
+                "bleu": result.bleu,
+                "best_bleu": self.best.bleu,
+                "bleu_signature": result.signature,
+                "seconds": self.seconds,
+            }
+        )
+        return better
 
     # Checkpoints
 
     def save(self) -> None:
-        """Write a checkpoint of this update, and delete what is older than `keep_last`; called on every rank."""
-        checkpoint.save(
-            checkpoint.path_of(self.checkpoints, self.updates),
-            model_state=self.parameters,
-            state={
-                "update": self.updates,
-                "world": self.stream.world,
-                "optimizer": None if self.engine else self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(),
-                "best": [self.best.bleu, self.best.update, self.best.since, self.best.nll],
-                "seconds": self.seconds,
-                "techniques": [technique.state_dict() for technique in self.techniques],
-            },
-            rank_state={
-                "route": None if self.route is None else self.route.state_dict(),
-                "engine": None if self.engine is None else self.engine.state_dict(),
-                "figures": [self._loss, self._nll, self._overflows, self._tokens, self._seconds_before],
-            },
-            rank=distributed.rank(),
-            barrier=distributed.barrier,
-        )
-        if distributed.rank() == 0:
-            checkpoint.prune(self.checkpoints, self.config.keep_last, keep=self.config.keep_updates)
+        """Write a checkpoint of this update, and wait for it; called on every rank."""
+        self._save()
+        assert self._saver is not None
+        self._saver.close()
+        distributed.barrier()
+
+    def _begin_saves(self) -> Saver:
+        if self._saver is None:
+            self._saver = Saver(self.checkpoints, self.device)
+        return self._saver
+
+    def _save(self, *, update: bool = True, best: bool = False, final: bool = False) -> None:
+        """Save in the background, and then delete what is older than `keep_last`."""
+        config, now = self.config, self.updates
+        contents: list[Content] = []
+        if best:
+            state = {"update": now, "bleu": self.best.bleu}
+            contents.append(Content(target=self.checkpoints / "best", model_state=self.parameters, state=state))
+        if update:
+            contents.append(
+                Content(
+                    target=checkpoint.path_of(self.checkpoints, now),
+                    model_state=self.parameters,
+                    state=trainer_state.shared_state(self),
+                    rank_state=trainer_state.rank_state(self),
+                )
+            )
+
+        def prune() -> None:
+            checkpoint.prune(
+                self.checkpoints,
+                config.keep_last,
+                config.keep_updates,
+                regular=lambda number: config.saves_at(number) or (final and number == now),
+            )
+
+        self._begin_saves().save(contents, prune)
 
     def resume(self) -> bool:
-        """Go on from the newest checkpoint, if there is one.
+        """Go on from the newest checkpoint that is whole, if there is any; called on every rank, rank 0 looks.
 
         Raises:
-            ValueError: it is damaged, or of another model; the message names the file.
+            ValueError: all are damaged, or of another model; the message names the file.
         """
-        updates = checkpoint.list_updates(self.checkpoints)
-        if not updates:
+        found = checkpoint.newest_whole(self.checkpoints) if distributed.rank() == 0 else None
+        update, damages = distributed.gather_json(found, self.device)[0]
+        if update is None and damages:
+            raise ValueError(
+                f"{damages[0]}; no checkpoint is whole; delete {self.checkpoints} to begin this training anew"
+            )
+        if update is None:
             return False
-        self.load(checkpoint.path_of(self.checkpoints, updates[-1]))
+        if damages and distributed.rank() == 0:
+            logger.warning("%s; set aside, goes on from update %d", "; ".join(damages), update)
+            checkpoint.set_aside(self.checkpoints, update)
+        trainer_state.restore(self, checkpoint.path_of(self.checkpoints, update), check=False)
         return True
 
     def rewind(self, folder: Path, *, moments: bool = True) -> None:
@@ -359,56 +424,21 @@ class Trainer:
         self._reset_figures()
 
     def load(self, folder: Path, *, only_weights: bool = False) -> None:
-        """Take weights, counters and all other state of a checkpoint; `only_weights` leaves optimizer, route
-        and techniques as they are.
+        """Take weights, counters and all other state of a checkpoint; see `trainer_state.restore`."""
+        trainer_state.restore(self, folder, only_weights=only_weights)
 
-        Raises:
-            ValueError: it is damaged, or of another model; the message names the file.
-        """
-        weights, state, rank_state = checkpoint.load(folder, rank=distributed.rank())
-        load_weights(self.parameters, weights, folder)
+    def take_counters(self, state: dict[str, Any]) -> None:
+        """What `trainer_state.shared_state` says beside optimizer and techniques."""
         self.updates, self.seconds = state["update"], state["seconds"]
         self.best = Best(*state["best"])
-        self._reset_figures()
         self.scaler.load_state_dict(state["scaler"])
-        if only_weights:
-            return
-        if self.engine is not None:
-            self.engine.load_state_dict((rank_state or {}).get("engine"))
-        else:
-            self.optimizer.load_state_dict(state["optimizer"])
-        for technique, kept in zip(self.techniques, state.get("techniques", []), strict=False):
-            technique.load_state_dict(kept)
-        if state["world"] != self.stream.world:
-            logger.warning(
-                "%s was saved by %d ranks, now %d: goes on, but not as it would have",
-                folder,
-                state["world"],
-                self.stream.world,
-            )
-            return
-        if rank_state is None:
-            raise ValueError(f"{folder}: has no state of rank {distributed.rank()}")
-        sums = rank_state["figures"]
+        self._reset_figures()
+
+    def sums(self) -> list[Any]:
+        """This rank's sums since the last line of metrics, which a resumed run goes on with."""
+        return [self._loss, self._nll, self._overflows, self._tokens, self._seconds_before]
+
+    def take_sums(self, sums: list[Any]) -> None:
+        """Go on with what `sums` gave."""
         self._loss, self._nll, self._overflows = (s.to(self.device) for s in sums[:3])
         self._tokens, self._seconds_before = sums[3:]
-        if self.route is not None and rank_state["route"] is not None:
-            self.route.load_state_dict(rank_state["route"])
-
-
-def load_weights(parameters: dict[str, nn.Parameter], weights: dict[str, Tensor], source: Path) -> None:
-    """Copy weights into parameters of the same names and shapes.
-
-    Raises:
-        ValueError: names or shapes differ; the message names the first.
-    """
-    for name in sorted(parameters.keys() ^ weights.keys()):
-        raise ValueError(f"{source}: holds another model ({name} is {'missing' if name in parameters else 'unknown'})")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            if parameter.shape != weights[name].shape:
-                raise ValueError(
-                    f"{source}: holds another model ({name} is {list(weights[name].shape)}, "
-                    f"expected {list(parameter.shape)})"
-                )
-            parameter.copy_(weights[name])

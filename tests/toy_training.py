@@ -15,7 +15,7 @@ from tenko.nmt.fairseq_bridge import build_model
 from tenko.nmt.trainer import Trainer
 from tenko.nmt.validate import Validation, Validator
 
-TIMINGS = ("seconds", "tokens_per_second")
+TIMINGS = ("seconds", "tokens_per_second", "share_compute", "share_exchange", "share_data")
 SETTINGS: dict[str, Any] = {
     "max_tokens": 300,
     "precision": "fp32",

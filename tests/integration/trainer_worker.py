@@ -1,4 +1,4 @@
-"""One rank of the trainer's tests: `torchrun trainer_worker.py CORPUS FOLDER SCENARIO ...`; fails if one is broken."""
+"""One rank of the trainer's tests: `torchrun trainer_worker.py RANKS CORPUS FOLDER NAME...`; fails if one is broken."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def wrap(route: Route) -> Callable[[nn.Module], tuple[nn.Module, Route]]:
 
 
 def trainer_of(corpus: Corpus, folder: Path, route: Route, **settings: Any) -> Trainer:
-    return toy_trainer(corpus, folder, rank=dist.get_rank(), world=2, wrap=wrap(route), **settings)
+    return toy_trainer(corpus, folder, rank=dist.get_rank(), world=dist.get_world_size(), wrap=wrap(route), **settings)
 
 
 def write(folder: Path, name: str, trainer: Trainer, lines: list[dict[str, Any]]) -> None:
@@ -182,6 +182,81 @@ def collectives(corpus: Corpus, folder: Path) -> None:
         distributed.assert_ranks_agree([same + rank * 1e-7], "weights")
 
 
+# Begun by three ranks, gone on with by two and one; begun by one, gone on with by two: six micro-batches an update.
+SHARED: dict[str, Any] = {**RESUME, "precision": "fp32", "log_interval": 4}
+SERVER = CommConfig(
+    route="split",
+    bits=8,
+    weight_bits=32,
+    split=(SplitRule(route="server", min_dims=2), SplitRule(route="fp32", max_dims=1)),
+)
+ANEW = {"fp32": CommConfig(route="fp32"), "server": SERVER, "three-bit": CommConfig()}
+
+
+def sentences(trainer: Trainer) -> dict[int, list[list[int]]]:
+    """Filled as the trainer reads: this rank's sentences of each update."""
+    read: dict[int, list[list[int]]] = {}
+    update = trainer.stream.update
+
+    def noted(number: int) -> Any:
+        work = update(number)
+        read[number] = [sample["id"].tolist() for sample in work.samples]
+        return work
+
+    trainer.stream.update = noted  # type: ignore[method-assign]
+    return read
+
+
+def end_of_shared(folder: Path, name: str, trainer: Trainer, read: dict[int, list[list[int]]]) -> None:
+    distributed.assert_ranks_agree(trainer.parameters.values(), name)
+    everybody = distributed.gather_json(read)
+    if dist.get_rank() == 0:
+        torch.save(dict(trainer.parameters), folder / f"{name}.pt")
+        (folder / f"{name}.json").write_text(json.dumps(everybody))
+    assert trainer.route is not None
+    trainer.route.close()
+
+
+def shared_by_three(corpus: Corpus, folder: Path) -> None:
+    for name, config in ANEW.items():
+        trainer = trainer_of(corpus, folder / f"{name}-3", make_route(config, 1), **SHARED)
+        read = sentences(trainer)
+        train(trainer, corpus)
+        end_of_shared(folder, f"{name}-3", trainer, read)
+
+
+def shared_by_two(corpus: Corpus, folder: Path) -> None:
+    """Goes on from the three's update 3, and from the one's."""
+    for source in ("fp32-3", "server-3", "three-bit-3", "server-1"):
+        name, before = source.rsplit("-", 1)
+        trainer = trainer_of(corpus, folder / f"{source}-to-2", make_route(ANEW[name], 1), **SHARED)
+        read = sentences(trainer)
+        assert trainer.resume()
+        assert (trainer.updates, trainer.stream.micro_batches) == (3, 6)
+        assert trainer.route is not None
+        state = trainer.route.state_dict()
+        assert state["step"] == (0 if before == "1" else 3)
+        assert not state.get("feedback"), "it begins at zero"
+        if name == "server":
+            owns_what_it_says(trainer, state["server"])
+        train(trainer, corpus)
+        end_of_shared(folder, f"{source}-to-2", trainer, read)
+
+
+def owns_what_it_says(trainer: Trainer, shard: dict[str, torch.Tensor]) -> None:
+    """With 32 bits a weight, what the owners have is what everybody has; all of it has an owner."""
+    at, owned, parameters = 0, 0, list(trainer.model.parameters())
+    for place, start, numel in shard["segments"].tolist():
+        part = parameters[place].detach().reshape(-1)[start : start + numel]
+        assert torch.equal(shard["weights"][at : at + numel], part)
+        at, owned = at + numel, owned + numel
+    assert at == len(shard["weights"])
+    assert set(shard["steps"].tolist()) == {3.0}
+    assert float(shard["exp_avg_sq"].mean()) > 0
+    everything = sum(p.numel() for p in parameters if p.dim() > 1)
+    assert distributed.sum_over_ranks([owned]) == [everything]
+
+
 SCENARIOS = {
     scenario.__name__: scenario
     for scenario in (
@@ -194,15 +269,17 @@ SCENARIOS = {
         accumulate,
         overflow,
         collectives,
+        shared_by_three,
+        shared_by_two,
     )
 }
 
 
 def main() -> None:
-    corpus, folder = Corpus.open(sys.argv[1]), Path(sys.argv[2])
+    corpus, folder = Corpus.open(sys.argv[2]), Path(sys.argv[3])
     dist.init_process_group("gloo")
-    assert dist.get_world_size() == 2
-    for scenario in sys.argv[3:]:
+    assert dist.get_world_size() == int(sys.argv[1])
+    for scenario in sys.argv[4:]:
         SCENARIOS[scenario](corpus, folder)
         dist.barrier()
         if dist.get_rank() == 0:

@@ -16,6 +16,7 @@ import torch
 
 from tenko.nmt import checkpoint
 from tenko.nmt.checkpoint import path_of
+from tenko.nmt.checkpoint_parts import sha256
 
 FILES = ["checksums.json", "model.safetensors", "rank-0.pt", "state.pt"]
 
@@ -84,7 +85,7 @@ def test_state_is_never_unpickled_as_code(tmp_path: Path) -> None:
     folder = write(tmp_path, 7)
     torch.save({"update": 7, "path": Path("x")}, folder / "state.pt")  # any class that is not plain data
     sums = json.loads((folder / "checksums.json").read_text())
-    sums["state.pt"] = checkpoint._sha256(folder / "state.pt")
+    sums["state.pt"] = sha256(folder / "state.pt")
     (folder / "checksums.json").write_text(json.dumps(sums))
     with pytest.raises(Exception, match=r"weights_only|Unsupported"):
         checkpoint.load(folder)
@@ -98,9 +99,54 @@ def test_a_torn_checkpoint_is_ignored_and_swept_away(tmp_path: Path) -> None:
     (unsealed / "checksums.json").unlink()
     assert checkpoint.list_updates(tmp_path) == [5]
     write(tmp_path, 6)  # in the way of nothing
-    checkpoint.prune(tmp_path, 2)
     assert checkpoint.list_updates(tmp_path) == [5, 6]
+    torn.mkdir(exist_ok=True)
+    checkpoint.sweep(tmp_path)
     assert not torn.exists()
+    assert checkpoint.list_updates(tmp_path) == [5, 6]
+
+
+def test_one_that_was_being_replaced_when_the_run_was_killed_is_still_there(tmp_path: Path) -> None:
+    write(tmp_path, 5).rename(tmp_path / "update-00000005.old")
+    write(tmp_path, 6)
+    shutil.copytree(path_of(tmp_path, 6), tmp_path / "update-00000006.old")
+    checkpoint.sweep(tmp_path)
+    assert checkpoint.list_updates(tmp_path) == [5, 6]
+    assert not list(tmp_path.glob("*.old"))
+
+
+def test_the_newest_whole_one_is_found_and_the_others_are_named(tmp_path: Path) -> None:
+    assert checkpoint.newest_whole(tmp_path) == (None, [])
+    for update in (3, 6, 9, 12):
+        write(tmp_path, update)
+    assert checkpoint.newest_whole(tmp_path) == (12, [])
+    (path_of(tmp_path, 12) / "rank-0.pt").unlink()
+    (path_of(tmp_path, 9) / "model.safetensors").write_bytes(b"short")
+    update, damages = checkpoint.newest_whole(tmp_path)
+    assert update == 6
+    assert [damage.split(":")[0] for damage in damages] == [
+        str(path_of(tmp_path, 12) / "rank-0.pt"),
+        str(path_of(tmp_path, 9) / "model.safetensors"),
+    ]
+    checkpoint.set_aside(tmp_path, 6)
+    assert checkpoint.list_updates(tmp_path) == [3, 6]
+    assert (tmp_path / "update-00000009.damaged" / "model.safetensors").read_bytes() == b"short"
+
+
+def test_a_rank_whose_file_was_never_written_is_missed(tmp_path: Path) -> None:
+    folder = path_of(tmp_path, 4)
+    checkpoint.save(folder, model_state=weights(1.0), state={"world": 2}, rank_state={})
+    assert checkpoint.damage_of(folder) == f"{folder / 'rank-1.pt'}: missing from the checkpoint"
+
+
+def test_what_was_saved_on_notice_goes_with_the_next_and_takes_no_regular_ones_place(tmp_path: Path) -> None:
+    for update in (3, 6, 7, 9, 10, 11):
+        write(tmp_path, update)
+    checkpoint.prune(tmp_path, 2, regular=lambda update: update % 3 == 0)
+    assert checkpoint.list_updates(tmp_path) == [6, 9, 11]
+    write(tmp_path, 12)
+    checkpoint.prune(tmp_path, 2, regular=lambda update: update % 3 == 0)
+    assert checkpoint.list_updates(tmp_path) == [9, 12]
 
 
 def test_prune_keeps_the_newest_and_the_best(tmp_path: Path) -> None:

@@ -10,8 +10,10 @@ import pytest
 import torch
 from toy_training import Cut, differing, snapshot, toy_model, toy_trainer, train, validations
 
-from tenko.nmt import checkpoint
+from tenko.nmt import checkpoint, saver
 from tenko.nmt.corpus import Corpus
+from tenko.nmt.trainer_state import final_weights
+from tenko.nmt.validate import Validator
 
 # Checkpoints fall between lines of metrics, and validations between checkpoints: nothing coincides to help.
 SETTINGS: dict[str, Any] = {
@@ -70,17 +72,17 @@ def test_a_run_cut_twice_and_inside_a_checkpoint_equals_uncut(
 ) -> None:
     train(toy_trainer(small_corpus, tmp_path, **SETTINGS), small_corpus, cut=5)
 
-    def killed(temporary: Path, target: Path) -> None:
+    def killed(folder: Path, target: Path) -> None:
         raise Cut
 
     again = toy_trainer(small_corpus, tmp_path, **SETTINGS)
     assert again.resume()
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_seal", killed)
+        patch.setattr(saver, "seal", killed)
         with pytest.raises(Cut):
             # It dies while it writes the best of update 4: all is there but for the sums.
-            again.run(validate=validations(50.0))
-    assert (tmp_path / "best.partial").is_dir() or (tmp_path / "update-00000006.partial").is_dir()
+            again.run(validate=validations(50.0, 50.0))
+    assert list(tmp_path.glob("best.*.partial"))
     trainer, start, _ = finish(small_corpus, tmp_path)
     assert start == 3
     assert differing(snapshot(trainer), uncut[0]) == []
@@ -107,21 +109,77 @@ def test_fp16_resumes_with_its_loss_scale_and_window(small_corpus: Corpus, tmp_p
     assert differing(snapshot(trainer), snapshot(whole)) == []
 
 
-def test_a_damaged_newest_checkpoint_stops_the_resume_and_its_removal_cures(
-    small_corpus: Corpus, tmp_path: Path, uncut: Run
+def damage(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-100] ^= 0x10
+    file.write_bytes(content)
+
+
+def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_it_goes_on_to_the_same_end(
+    small_corpus: Corpus, tmp_path: Path, uncut: Run, caplog: pytest.LogCaptureFixture
 ) -> None:
     train(toy_trainer(small_corpus, tmp_path, **SETTINGS), small_corpus, cut=7)
-    newest = checkpoint.path_of(tmp_path, 6)
-    content = bytearray((newest / "state.pt").read_bytes())
-    content[-100] ^= 0x10
-    (newest / "state.pt").write_bytes(content)
-    trainer = toy_trainer(small_corpus, tmp_path, **SETTINGS)
-    with pytest.raises(ValueError, match=rf"\A{newest / 'state.pt'}: damaged .*delete this folder"):
-        trainer.resume()
-    shutil.rmtree(newest)
+    damage(checkpoint.path_of(tmp_path, 6) / "state.pt")
     healed, start, _ = finish(small_corpus, tmp_path)
     assert start == 3
+    (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert line == (
+        f"{tmp_path}/update-00000006/state.pt: damaged (its checksum differs); set aside, goes on from update 3"
+    )
     assert differing(snapshot(healed), uncut[0]) == []
+    assert checkpoint.list_updates(tmp_path) == [3, 6, 8]
+    assert differing(*(checkpoint.load(checkpoint.path_of(tmp_path, 8))[0], dict(healed.parameters))) == []
+
+
+def test_when_no_checkpoint_is_whole_the_run_ends_in_one_line(small_corpus: Corpus, tmp_path: Path) -> None:
+    train(toy_trainer(small_corpus, tmp_path, **SETTINGS), small_corpus, cut=7)
+    damage(checkpoint.path_of(tmp_path, 6) / "state.pt")
+    (checkpoint.path_of(tmp_path, 3) / "rank-0.pt").unlink()
+    trainer = toy_trainer(small_corpus, tmp_path, **SETTINGS)
+    with pytest.raises(ValueError, match=r"\A\S+update-00000006/state\.pt: damaged .*no checkpoint is whole.*\Z"):
+        trainer.resume()
+    assert checkpoint.list_updates(tmp_path) == [3, 6], "nothing is touched"
+
+
+def test_a_run_stopped_on_notice_ends_with_the_average_of_one_that_was_not(
+    small_corpus: Corpus, tmp_path: Path
+) -> None:
+    settings = {**SETTINGS, "save_interval": 2, "keep_last": 2, "average_last": 2, "max_update": 9}
+    whole = toy_trainer(small_corpus, tmp_path / "whole", **settings)
+    train(whole, small_corpus)
+    stops = [5, 6, 7]
+    for stop in stops:
+        trainer = toy_trainer(small_corpus, tmp_path / "stopped", **settings)
+        assert trainer.resume() == (stop > 5)
+        validate = Validator(trainer.model, small_corpus, "en-cs", trainer.config)
+        trainer.run(validate=validate, should_stop=lambda update, stop=stop: update >= stop)
+        assert (trainer.stopped, trainer.updates) == (True, stop)
+    assert checkpoint.list_updates(tmp_path / "stopped") == [4, 6, 7], "the stop at 5 is gone, that at 7 is the newest"
+    last, start, _ = finish(small_corpus, tmp_path / "stopped", **settings)
+    assert start == 7
+    ours = final_weights(tmp_path / "stopped", last.config, last.updates)
+    theirs = final_weights(tmp_path / "whole", whole.config, whole.updates)
+    assert ours[1] == theirs[1] == "average of the checkpoints of updates 8, 9"
+    assert differing(ours[0], theirs[0]) == []
+    for folder in ("stopped", "whole"):
+        assert checkpoint.list_updates(tmp_path / folder) == [8, 9]
+    best = [checkpoint.load(tmp_path / folder / "best") for folder in ("stopped", "whole")]
+    assert best[0][1] == best[1][1]
+    assert differing(best[0][0], best[1][0]) == []
+
+
+def test_the_average_leaves_out_what_was_saved_on_notice_even_if_it_is_still_there(
+    small_corpus: Corpus, tmp_path: Path
+) -> None:
+    trainer = toy_trainer(small_corpus, tmp_path, save_interval=2, keep_last=3, average_last=2, max_update=4)
+    for _ in range(4):
+        trainer.update()
+        trainer.save()
+    shutil.copytree(checkpoint.path_of(tmp_path, 2), tmp_path / "update-00000003", dirs_exist_ok=True)
+    weights, which = final_weights(tmp_path, trainer.config, 4)
+    assert which == "average of the checkpoints of updates 2, 4"
+    mean = checkpoint.average([checkpoint.path_of(tmp_path, update) for update in (2, 4)])
+    assert differing(weights, mean) == []
 
 
 def test_a_checkpoint_of_another_model_is_refused(small_corpus: Corpus, tmp_path: Path) -> None:

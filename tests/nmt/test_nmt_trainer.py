@@ -353,30 +353,32 @@ def test_techniques_are_told_before_and_after_each_update(small_corpus: Corpus, 
     assert not torch.equal(first, second)
 
 
-class Dice(Recorder):
-    """Notes the generator's first number in each update."""
+def dropouts(corpus: Corpus, folder: Path, *, rank: int, world: int, after: int) -> dict[tuple[int, int], float]:
+    """The generator's first number in each micro-batch of a rank, by update and first sentence; six an update."""
+    drawn: dict[tuple[int, int], float] = {}
+    trainer = toy_trainer(corpus, folder, rank=rank, world=world)
+    trainer.stream.micro_batches = 6
+    trainer.updates = after
 
-    def before_update(self, update: int) -> None:
-        self.weights.append(torch.rand(()))
+    def draw(module: nn.Module, arguments: tuple[dict[str, Any]]) -> None:
+        drawn[trainer.updates + 1, int(arguments[0]["id"][0])] = float(torch.rand(()))
 
-    def after_update(self, update: int) -> None:
-        """Nothing."""
+    trainer.wrapped.register_forward_pre_hook(draw)
+    updates(trainer, 3)
+    return drawn
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_dropout_is_new_for_each_update_and_rank_and_the_same_once_more(
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_dropout_is_of_the_micro_batch_whichever_rank_computes_it(
     small_corpus: Corpus, tmp_path: Path, world: int
 ) -> None:
-    def draws(rank: int, after: int) -> list[float]:
-        dice = Dice()
-        trainer = toy_trainer(small_corpus, tmp_path, rank=rank, world=world, techniques=[dice])
-        trainer.updates = after
-        updates(trainer, 3)
-        return [float(number) for number in dice.weights]
-
-    first = [draws(rank, 0) for rank in range(world)]
-    assert len({number for numbers in first for number in numbers}) == 3 * world
-    assert draws(world - 1, 2)[0] == first[-1][2], "by the update's number, not by what came before"
+    alone = dropouts(small_corpus, tmp_path, rank=0, world=1, after=0)
+    assert len(alone) == len(set(alone.values())) == 18, "new for each"
+    ranks = [dropouts(small_corpus, tmp_path, rank=rank, world=world, after=0) for rank in range(world)]
+    assert {batch: number for rank in ranks for batch, number in rank.items()} == alone
+    later = dropouts(small_corpus, tmp_path, rank=0, world=1, after=2)
+    assert {update for update, _ in later} == {3, 4, 5}
+    assert all(alone[batch] == later[batch] for batch in later if batch[0] == 3), "not of what came before"
 
 
 def test_training_through_int8_bakes_to_the_model_that_was_trained(small_corpus: Corpus, tmp_path: Path) -> None:

@@ -1,0 +1,163 @@
+"""What a checkpoint holds of a trainer, and how a trainer takes it back, by as many workers or by others.
+
+An update has as many micro-batches as when the training began, whoever computes them: other workers share the same ones
+anew. Sentences, their order and dropout stay what they were; sums are added up in another order. What a worker keeps of
+its own goes: error feedback begins at zero. Shards of optimizer state are put together again (`comm/reshard.py`); where
+they cannot be (DeepSpeed's), that is an error, never a silent loss.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from tenko.comm import reshard
+
+from . import checkpoint, distributed
+from .config import TrainConfig
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+def shared_state(trainer: Trainer) -> dict[str, Any]:
+    """What all ranks have in common beside the weights."""
+    best = trainer.best
+    return {
+        "update": trainer.updates,
+        "world": trainer.stream.world,
+        "micro_batches": trainer.stream.micro_batches,
+        "optimizer": None if trainer.engine else trainer.optimizer.state_dict(),
+        "scaler": trainer.scaler.state_dict(),
+        "best": [best.bleu, best.update, best.since, best.nll],
+        "seconds": trainer.seconds,
+        "techniques": [technique.state_dict() for technique in trainer.techniques],
+    }
+
+
+def rank_state(trainer: Trainer) -> dict[str, Any]:
+    """This rank's own."""
+    return {
+        "route": None if trainer.route is None else trainer.route.state_dict(),
+        "engine": None if trainer.engine is None else trainer.engine.state_dict(),
+        "figures": trainer.sums(),
+    }
+
+
+def restore(trainer: Trainer, folder: Path, *, only_weights: bool = False, check: bool = True) -> None:
+    """Take weights, counters and all other state of a checkpoint; called on every rank.
+
+    Args:
+        trainer: of the same model.
+        folder: the checkpoint.
+        only_weights: leave optimizer, route and techniques as they are.
+        check: hold the files to their checksums.
+
+    Raises:
+        ValueError: it is damaged, of another model, or cannot be gone on with by so many workers; names the file.
+    """
+    weights, state, own = checkpoint.load(folder, rank=distributed.rank(), check=check)
+    load_weights(trainer.parameters, weights, folder)
+    trainer.take_counters(state)
+    world, before = trainer.stream.world, int(state["world"])
+    # Checkpoints of before tenko 0.5 do not say it, and were gone on with by as many workers only.
+    micro_batches = state.get("micro_batches", before * trainer.config.update_freq)
+    if world > micro_batches:
+        raise ValueError(
+            f"{folder}: an update of this training has {micro_batches} micro-batches, too few for {world} workers; "
+            f"go on with at most {micro_batches}"
+        )
+    trainer.stream.micro_batches = micro_batches
+    if only_weights:
+        return
+    for technique, kept in zip(trainer.techniques, state.get("techniques", []), strict=False):
+        technique.load_state_dict(kept)
+    if world != before:
+        _from_others(trainer, folder, state, before)
+        return
+    if own is None:
+        raise ValueError(f"{folder}: has no state of rank {distributed.rank()}")
+    if trainer.engine is not None:
+        trainer.engine.load_state_dict(own.get("engine"))
+    elif state["optimizer"] is None:
+        raise ValueError(_zero(folder, before))
+    else:
+        trainer.optimizer.load_state_dict(state["optimizer"])
+    if trainer.route is not None and own["route"] is not None:
+        trainer.route.load_state_dict(own["route"])
+    trainer.take_sums(own["figures"])
+
+
+def _from_others(trainer: Trainer, folder: Path, state: dict[str, Any], before: int) -> None:
+    """Optimizer and route, saved by another number of workers."""
+    if trainer.engine is not None or state["optimizer"] is None:
+        raise ValueError(_zero(folder, before))
+    world, micro_batches = trainer.stream.world, trainer.stream.micro_batches
+    saved = [(checkpoint.load_rank(folder, rank) or {}).get("route") for rank in range(before)]
+    routes = [route for route in saved if route is not None]
+    try:
+        reshard.adopt(trainer.route, trainer.optimizer, list(trainer.model.parameters()), state["optimizer"], routes)
+    except ValueError as error:
+        raise ValueError(f"{folder}: saved by {before} workers, now {world}: {error}") from None
+    if distributed.rank() == 0:
+        logger.warning(
+            "saved by %d workers, now %d: the %d micro-batches of an update are shared anew; error feedback of the "
+            "route begins at zero",
+            before,
+            world,
+            micro_batches,
+        )
+
+
+def _zero(folder: Path, before: int) -> str:
+    return (
+        f"{folder}: its optimizer's state is DeepSpeed's, in shares of {before} workers; "
+        f"go on with {before} workers and train.engine: deepspeed"
+    )
+
+
+def load_weights(parameters: dict[str, nn.Parameter], weights: dict[str, Tensor], source: Path) -> None:
+    """Copy weights into parameters of the same names and shapes.
+
+    Raises:
+        ValueError: names or shapes differ; the message names the first.
+    """
+    for name in sorted(parameters.keys() ^ weights.keys()):
+        raise ValueError(f"{source}: holds another model ({name} is {'missing' if name in parameters else 'unknown'})")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            if parameter.shape != weights[name].shape:
+                raise ValueError(
+                    f"{source}: holds another model ({name} is {list(weights[name].shape)}, "
+                    f"expected {list(parameter.shape)})"
+                )
+            parameter.copy_(weights[name])
+
+
+def final_weights(checkpoints: Path, config: TrainConfig, last: int) -> tuple[dict[str, Tensor], str]:
+    """The weights that a finished training comes to, and in words which.
+
+    They are the average of the last checkpoints, or the best by validation BLEU, as `config` says. Checkpoints that
+    were made on notice do not count: a run that was stopped and went on ends as one that was not.
+
+    Args:
+        checkpoints: their folder.
+        config: of the training.
+        last: its last update.
+
+    Raises:
+        ValueError: one is damaged; names the file.
+    """
+    if config.average_last == 1:
+        weights, state, _ = checkpoint.load(checkpoints / "best")
+        return weights, f"best validation BLEU {state['bleu']:.2f} at update {state['update']}"
+    regular = [u for u in checkpoint.list_updates(checkpoints) if config.saves_at(u) or u == last]
+    updates = regular[-config.average_last :]
+    folders = [checkpoint.path_of(checkpoints, update) for update in updates]
+    return checkpoint.average(folders), f"average of the checkpoints of updates {', '.join(map(str, updates))}"
