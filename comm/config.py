@@ -80,6 +80,8 @@ class CommConfig:
     full-precision weights closely."""
     weight_bits: int = 4
     """weights: laq: bits of a weight on the way down, 2 to 8, or 16 or 32, unquantized."""
+    overlap: bool = True
+    """Exchange gradients in buckets, while backward computes the ones before; false sends them in one piece at its end."""
     split: tuple[SplitRule, ...] = ()
     """split: the rules. A parameter that none takes, or two, is an error."""
 

@@ -32,6 +32,9 @@ from .trackers import check as check_trackers
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+ONE_BUCKET = 1 << 20
+"""Size in MB of a DDP bucket that holds any model: its exchange begins when backward has ended."""
+
 
 def start(context: StageContext, config: TrainConfig | None = None) -> Accelerator:
     """Device and process group; accelerate's own precision stays off (see nmt/precision.py).
@@ -57,7 +60,9 @@ def start(context: StageContext, config: TrainConfig | None = None) -> Accelerat
         deepspeed_plugin=plugin(config.zero_stage, config.clip_norm) if zero else None,
         mixed_precision="no",
         kwargs_handlers=[
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            DistributedDataParallelKwargs(
+                gradient_as_bucket_view=True, **({} if context.recipe.comm.overlap else {"bucket_cap_mb": ONE_BUCKET})
+            ),
             InitProcessGroupKwargs(timeout=PATIENCE),
         ],
     )
