@@ -1,8 +1,8 @@
 """This process among the others of its run: how they find one another, what they must agree on, how they end together.
 
-Ranks meet at a TCPStore: that of torchrun's agent, or one that rank 0 opens. Everything goes under a prefix of the
-restart. This is the cure for torch's own `env://`, where after a restart on gloo a rank may connect to an address that
-a dead one left in the store, and wait for ever.
+Ranks meet at a TCPStore: that of torchrun's agent, or one that rank 0 opens. Everything goes under a prefix of this
+start (session.py). This is the cure for torch's own `env://`, where after a restart on gloo a rank may connect to an
+address that a dead one left in the store, and wait for ever.
 """
 
 from __future__ import annotations
@@ -25,10 +25,13 @@ from .notice import Notice
 from .pulse import Pulse
 from .recipe import Recipe, to_dict
 from .rundir import first_difference
+from .session import share
 from .world import World, interface_to
 
 if TYPE_CHECKING:
     from torch.distributed import Store
+
+    from .mpi_env import Mpi
 
 logger = logging.getLogger(__name__)
 
@@ -50,14 +53,17 @@ class Job:
     """Whether to stop."""
     pulse: Pulse = field(default_factory=Pulse)
     """Its sign of life."""
+    mpi: Mpi | None = None
+    """Under mpirun: its place in the MPI job, and the way to parameter servers."""
 
     @classmethod
-    def join(cls, world: World, log_dir: Path | None = None) -> Job:
+    def join(cls, world: World, log_dir: Path | None = None, *, mpi: Mpi | None = None) -> Job:
         """Meet the other ranks.
 
         Args:
             world: who this is; MASTER_ADDR and MASTER_PORT say where the others are.
             log_dir: folder for the rank's pulse.
+            mpi: under mpirun.
 
         Raises:
             ValueError: they are not all there in time, or there is no way to them; one line.
@@ -65,13 +71,13 @@ class Job:
         world.export()
         beats = Pulse(None if log_dir is None else pulse.path_of(log_dir, world.rank), rank=world.rank, node=world.node)
         if world.size == 1:
-            return cls(world=world, pulse=beats)
+            return cls(world=world, pulse=beats, mpi=mpi)
         host, port = _master()
         if "GLOO_SOCKET_IFNAME" not in os.environ:
             # gloo's own guess is the host name's address, which Debian makes 127.0.1.1.
             os.environ["GLOO_SOCKET_IFNAME"] = interface_to(host)[0]
-        store = _open_store(world, host, port)
-        return cls(world=world, store=store, notice=Notice(store), pulse=beats)
+        store = _open_store(world, host, port, None if mpi is None else mpi.listener)
+        return cls(world=world, store=store, notice=Notice(store), pulse=beats, mpi=mpi)
 
     def init_group(self) -> None:
         """Make torch's process group of all ranks; does nothing alone, or when there is one.
@@ -143,7 +149,8 @@ class Job:
         places = [json.loads(self.store.get(f"place/{rank}")) for rank in range(self.world.size)]
         back_end = "nccl" if device.startswith("cuda") else "gloo"
         ranks = ", ".join(f"{rank} {host} {where}" for rank, (host, where) in enumerate(places))
-        return f"{self.world}; {back_end} over {name}, met at {':'.join(map(str, _master()))}; ranks: {ranks}"
+        servers = f"; parameter servers: {there}" if self.mpi is not None and (there := self.mpi.servers()) else ""
+        return f"{self.world}; {back_end} over {name}, met at {':'.join(map(str, _master()))}; ranks: {ranks}{servers}"
 
 
 def _master() -> tuple[str, int]:
@@ -153,20 +160,18 @@ def _master() -> tuple[str, int]:
     return host, int(port)
 
 
-def _open_store(world: World, host: str, port: int) -> Store:
-    from torch.distributed import PrefixStore, TCPStore
+def _open_store(world: World, host: str, port: int, listener: socket.socket | None = None) -> Store:
+    from torch.distributed import TCPStore
 
     seconds = float(os.environ.get("TENKO_JOIN_SECONDS", JOIN_SECONDS))
     settings: dict[str, Any] = {"timeout": timedelta(seconds=seconds), "wait_for_workers": False}
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and world.rank == 0:
         # Given a port alone, the store would listen on every address of the machine.
-        listener = socket.create_server((host, port), backlog=world.size)
+        listener = listener or socket.create_server((host, port), backlog=world.size)
         settings |= {"is_master": True, "master_listen_fd": listener.detach()}
     try:
         tcp = TCPStore(host, port, **settings)
-        store = PrefixStore(f"tenko/{world.restart}", tcp)
-        store.set(f"here/{world.rank}", "")
-        store.wait([f"here/{rank}" for rank in range(world.size)], timedelta(seconds=seconds))
+        store = share(tcp, rank=world.rank, size=world.size, seconds=seconds)
     except Exception as error:  # torch's DistStoreError and friends are RuntimeErrors of several names
         raise ValueError(
             f"{host}:{port}: not all {world.size} ranks met there within {seconds:g} s ({one_line(error)[:120]})"
