@@ -50,14 +50,13 @@ class Saver:
 
     Args:
         directory: of the checkpoints.
-        device: for the collective that tells all ranks the run's word.
     """
 
-    def __init__(self, directory: Path, device: torch.device) -> None:
+    def __init__(self, directory: Path) -> None:
         self.rank, self.world = distributed.rank(), distributed.world_size()
         if self.rank == 0:
             checkpoint.sweep(directory)
-        self._word: str = distributed.gather_json(secrets.token_hex(4), device)[0]
+        self._word: str = distributed.from_rank0(secrets.token_hex(4))
         self._number = 0
         self._buffers: dict[tuple[Any, ...], Tensor] = {}
         self._thread: threading.Thread | None = None
@@ -88,7 +87,7 @@ class Saver:
             for number, content in enumerate(contents)
         ]
         copied = None
-        if torch.cuda.is_available():
+        if any(buffer.is_pinned() for buffer in self._buffers.values()):
             copied = torch.cuda.Event()
             copied.record()
         self._deadline = time.monotonic() + PATIENCE

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from tenko.comm import DedicatedRoute
 from tenko.compression.technique import Technique, UsesMoments
 
 from . import checkpoint, distributed, precision, trainer_state
@@ -93,6 +94,8 @@ class Trainer:
         module = ModelWithLoss(model, config.label_smoothing, teacher=teacher, distill=config.distill).to(self.device)
         self.wrapped, self.route = (module, None) if engine else wrap(module)
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.dedicated = self.route if isinstance(self.route, DedicatedRoute) else None
+        """Where servers of their own make the whole update."""
         settings: dict[str, Any] = {
             "lr": config.lr,
             "betas": config.adam_betas,
@@ -175,6 +178,11 @@ class Trainer:
         if self.engine is not None:
             self._norm, overflow = self.engine.step()
             self._overflows += overflow
+            return
+        if self.dedicated is not None:
+            self._norm, overflow = self.dedicated.make_update(self.scaler)
+            self._overflows += overflow
+            self.optimizer.zero_grad(set_to_none=True)
             return
         self.scaler.unscale_(self.optimizer)
         if self.route is not None:
@@ -324,6 +332,8 @@ class Trainer:
 
     def _validate(self, validate: Callable[[], Validation], on_metrics: Callable[[dict[str, Any]], None]) -> bool:
         """Whether this model is the best so far."""
+        if self.dedicated is not None:
+            self.dedicated.settle()
         distributed.assert_ranks_agree(self.parameters.values(), f"weights after update {self.updates}", self.device)
         self.wrapped.eval()
         result = validate()
@@ -359,7 +369,7 @@ class Trainer:
 
     def _begin_saves(self) -> Saver:
         if self._saver is None:
-            self._saver = Saver(self.checkpoints, self.device)
+            self._saver = Saver(self.checkpoints)
         return self._saver
 
     def _save(self, *, update: bool = True, best: bool = False, final: bool = False) -> None:
@@ -396,7 +406,7 @@ class Trainer:
             ValueError: all are damaged, or of another model; the message names the file.
         """
         found = checkpoint.newest_whole(self.checkpoints) if distributed.rank() == 0 else None
-        update, damages = distributed.gather_json(found, self.device)[0]
+        update, damages = distributed.from_rank0(found)
         if update is None and damages:
             raise ValueError(
                 f"{damages[0]}; no checkpoint is whole; delete {self.checkpoints} to begin this training anew"

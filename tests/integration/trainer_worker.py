@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from toy_training import differing, snapshot, toy_trainer, train
+from toy_training import differing, snapshot, toy_trainer, train, validations
 
 from tenko.comm import AllReduce, CommConfig, QuantizedAllReduce, Route, SplitRule, make_route, register
 from tenko.nmt import distributed
@@ -257,6 +258,35 @@ def owns_what_it_says(trainer: Trainer, shard: dict[str, torch.Tensor]) -> None:
     assert distributed.sum_over_ranks([owned]) == [everything]
 
 
+def shares(corpus: Corpus, folder: Path) -> None:
+    """Rank 1 is slow to read; rank 0 waits for it, whatever the route."""
+    for name in ("fp32", "all_reduce", "server"):
+        config = CommConfig(route=name)  # type: ignore[arg-type]
+        trainer = trainer_of(corpus, folder / "none", make_route(config, 1), max_update=4, log_interval=2)
+        read = trainer.stream.update
+
+        def slow(number: int, read: Callable[[int], Any] = read) -> Any:
+            if dist.get_rank() == 1:
+                time.sleep(0.3)
+            return read(number)
+
+        trainer.stream.update = slow  # type: ignore[method-assign]
+        line = [line for line in lines_of(trainer) if line["kind"] == "train"][-1]
+        parts = [line[f"share_{part}"] for part in ("compute", "exchange", "data")]
+        assert sum(parts) == pytest.approx(1)
+        assert 0.25 < line["share_exchange"] < 0.6, (name, line)
+        assert 0.25 < line["share_data"] < 0.6, (name, line)
+        assert line["wire_bytes"] > 0
+        assert trainer.route is not None
+        trainer.route.close()
+
+
+def lines_of(trainer: Trainer) -> list[dict[str, Any]]:
+    lines: list[dict[str, Any]] = []
+    trainer.run(validate=validations(1.0), on_metrics=lines.append)
+    return lines
+
+
 SCENARIOS = {
     scenario.__name__: scenario
     for scenario in (
@@ -269,6 +299,7 @@ SCENARIOS = {
         accumulate,
         overflow,
         collectives,
+        shares,
         shared_by_three,
         shared_by_two,
     )

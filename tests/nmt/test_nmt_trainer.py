@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -271,6 +272,28 @@ def test_figures_are_sums_over_the_interval(small_corpus: Corpus, tmp_path: Path
     assert lines[1]["lr"] == learning_rate(trainer.config, 3)
     assert lines[1]["tokens_per_second"] > 0
     assert lines[1]["epoch"] == pytest.approx(8 / trainer.stream.batches_per_epoch, abs=1e-3)
+
+
+def test_lines_say_where_the_time_went(small_corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = toy_trainer(small_corpus, tmp_path, max_update=6, log_interval=3, precision="fp16")
+    lines: list[dict[str, Any]] = []
+    read = trainer.stream.update
+
+    def slow(number: int) -> Any:
+        if number > 3:
+            time.sleep(0.2)  # as ten of these updates
+        return read(number)
+
+    monkeypatch.setattr(trainer.stream, "update", slow)
+    trainer.run(validate=validations(1.0), on_metrics=lines.append)
+    quick, held_up = [line for line in lines if line["kind"] == "train"]
+    for line in (quick, held_up):
+        shares = [line[f"share_{part}"] for part in ("compute", "exchange", "data")]
+        assert sum(shares) == pytest.approx(1)
+        assert min(shares) >= 0
+        assert line["share_exchange"] == 0, "there is nobody to wait for"
+        assert {"tokens_per_second", "grad_norm", "scale"} <= line.keys()
+    assert quick["share_data"] < 0.5 < held_up["share_data"] < 1
 
 
 def test_best_by_bleu_is_kept_and_patience_stops(small_corpus: Corpus, tmp_path: Path) -> None:
