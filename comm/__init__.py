@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .auto import Auto
     from .config import CommConfig, SplitRule
     from .dedicated import DedicatedServer
+    from .dedicated_route import DedicatedRoute
     from .hook import AllReduce, HalfAllReduce, QuantizedAllReduce
     from .make import make_route
     from .meter import WireMeter
@@ -27,6 +28,7 @@ __all__ = [
     "AllReduce",
     "Auto",
     "CommConfig",
+    "DedicatedRoute",
     "DedicatedServer",
     "HalfAllReduce",
     "ParameterServer",
@@ -44,6 +46,7 @@ _HOME = {
     "AllReduce": "hook",
     "Auto": "auto",
     "CommConfig": "config",
+    "DedicatedRoute": "dedicated_route",
     "DedicatedServer": "dedicated",
     "HalfAllReduce": "hook",
     "QuantizedAllReduce": "hook",

@@ -80,6 +80,11 @@ class CommConfig:
     full-precision weights closely."""
     weight_bits: int = 4
     """weights: laq: bits of a weight on the way down, 2 to 8, or 16 or 32, unquantized."""
+    servers: Literal["sharded", "dedicated"] = "sharded"
+    """server: who owns the shards. sharded: the workers, each one; dedicated: processes of their own, over MPI."""
+    staleness: int = 0
+    """servers: dedicated: so many updates a worker may be ahead of the slowest; 0 is synchronous, more does not repeat
+    to the bit."""
     overlap: bool = True
     """Exchange gradients in buckets, while backward computes the ones before; false sends them in one piece at its end."""
     split: tuple[SplitRule, ...] = ()
@@ -101,13 +106,23 @@ class CommConfig:
             raise ValueError("bits_down: 1 loses what no error feedback gives back on this leg; must be 2 to 8")
         if bool(self.split) != (self.route == "split"):
             raise ValueError("split: route split needs rules" if not self.split else "split: needs route: split")
-        if self.route != "all_reduce":
-            for key in ("shared_scale", "levels"):
-                default = next(field.default for field in fields(self) if field.name == key)
-                if getattr(self, key) != default:
-                    raise ValueError(f"{key}: {getattr(self, key)} goes with route: all_reduce only")
+        for route, keys in (("all_reduce", ("shared_scale", "levels")), ("server", ("servers", "staleness"))):
+            for key in keys if self.route != route else ():
+                if getattr(self, key) != _default(key):
+                    raise ValueError(f"{key}: {getattr(self, key)} goes with route: {route} only")
+        if self.staleness < 0:
+            raise ValueError(f"staleness: must be at least 0 (0: synchronous), is {self.staleness}")
+        if self.staleness and self.servers == "sharded":
+            raise ValueError(f"staleness: {self.staleness} goes with servers: dedicated only")
+        for key in ("sigma", "rounding", "weights") if self.servers == "dedicated" else ():
+            if getattr(self, key) != _default(key):
+                raise ValueError(f"{key}: must be {_default(key)} with servers: dedicated, is {getattr(self, key)}")
         if self.shared_scale and self.levels == "node":
             raise ValueError("shared_scale: not together with levels: node")
+
+
+def _default(key: str) -> object:
+    return next(field.default for field in fields(CommConfig) if field.name == key)
 
 
 def default_block(*bits: int) -> int:

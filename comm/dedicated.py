@@ -44,7 +44,8 @@ class DedicatedServer(torch.optim.Optimizer):
 
     Args:
         named_parameters: of the model; those that need no gradient come from worker 0 once, and stay as they are.
-        comm: an mpi4py communicator of all workers and servers; default COMM_WORLD.
+        comm: an mpi4py communicator of all workers and servers; default COMM_WORLD. Or the `Link` of a program that
+            has met them already, and lets the servers go itself.
         lr: learning rate; `param_groups[0]["lr"]` goes along with every update, so torch's schedulers work.
         settings: fields of `ServerConfig`.
 
@@ -55,7 +56,8 @@ class DedicatedServer(torch.optim.Optimizer):
     def __init__(
         self, named_parameters: Iterable[tuple[str, Tensor]], *, comm: Any = None, lr: float = 1e-3, **settings: Any
     ) -> None:
-        self._undo = wire.abort_on_exceptions(comm)
+        self._own_link = not isinstance(comm, wire.Link)
+        self._undo = wire.abort_on_exceptions(comm) if self._own_link else lambda: None
         known = ServerConfig.__dataclass_fields__
         for key in sorted(settings.keys() - known.keys()):
             raise ValueError(f"{key}: no such setting; there are lr, {', '.join(known)}")
@@ -73,7 +75,7 @@ class DedicatedServer(torch.optim.Optimizer):
             tuple(parameter.numel() for parameter in self._parameters),
             tuple(p.shape[-1] if p.dim() > 1 else 0 for p in self._parameters),
         )
-        link = wire.join(wire.WORKER, comm)
+        link = comm if isinstance(comm, wire.Link) else wire.join(wire.WORKER, comm)
         self.updates = 0
         """Calls of `step`, the skipped ones too; part of the rounding's key."""
         self.skipped = False
@@ -176,6 +178,38 @@ class DedicatedServer(torch.optim.Optimizer):
         end.pull(self._parameters, end.config.timeout)
         return self.updates
 
+    @property
+    def norm(self) -> float:
+        """Of the mean gradient of all workers in the last update that was made, before it was clipped."""
+        return self._open.norm
+
+    @torch.no_grad()
+    def pull(self) -> None:
+        """Takes the weights as the servers have them now; asynchronous workers hold older ones."""
+        self._open.pull(self._parameters, self._open.config.timeout)
+
+    def fetch(self) -> dict[str, Any]:
+        """`state_dict`, and the states of the servers that this worker keeps; all workers call it after as many
+        updates, and each saves what it gets."""
+        return {
+            **DedicatedServer.state_dict(self),
+            "servers": {str(index): state for index, state in self._open.fetch().items()},
+        }
+
+    @torch.no_grad()
+    def put(self, state: dict[str, Any]) -> None:
+        """Goes on where `fetch` was called; all workers together, before the first update.
+
+        Raises:
+            ValueError: something is missing, or of another model or number of servers.
+        """
+        end = self._open
+        kept = state.get("servers") or {}
+        if failure := end.put({int(index): saved for index, saved in kept.items()}):
+            raise ValueError(f"server: {failure}")
+        self.pull()  # first, so that the meter counts what an uncut run would have sent
+        DedicatedServer.load_state_dict(self, {key: value for key, value in state.items() if key != "servers"})
+
     def state_dict(self) -> dict[str, Any]:
         """This worker's part: counts, learning rate, meter, error feedback. The weights are the servers'."""
         end = self._open
@@ -206,7 +240,7 @@ class DedicatedServer(torch.optim.Optimizer):
         if end is not None:
             self._undo()
             atexit.unregister(self.close)
-            end.bye()
+            end.bye(last=self._own_link)
 
 
 if __name__ == "__main__":

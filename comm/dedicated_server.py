@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import logging
 import math
+import signal
 import time
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from . import mpi_link as wire
@@ -26,29 +29,51 @@ from .server_config import Plan, difference, from_json
 logger = logging.getLogger(__name__)
 
 
+def greetings(link: Link) -> dict[int, str] | None:
+    """What every worker tells in its hello; None where they have gone, as no other training follows.
+
+    A program may prepare its data for hours before the first of them says hello.
+
+    Raises:
+        ValueError: some train, others have gone.
+        Silence: only some said anything.
+    """
+    told: dict[int, str | None] = {}
+    limit = math.inf
+    while len(told) < len(link.workers):
+        for peer in link.workers:
+            if peer in told or (message := link.poll(peer)) is None:
+                continue
+            if message.kind not in (wire.HELLO, wire.BYE):
+                raise ValueError(f"{link.name(peer)} said {wire.NAMES[message.kind]} before hello")
+            told[peer] = message.text if message.kind == wire.HELLO else None
+            limit = min(limit, time.monotonic() + wire.JOIN_TIMEOUT)
+        if time.monotonic() > limit:
+            missing = ", ".join(link.name(peer) for peer in link.workers if peer not in told)
+            raise wire.Silence(f"{missing} said nothing for {wire.JOIN_TIMEOUT:g} s; it is dead or hangs")
+        link.rest()
+    said = {peer: text for peer, text in told.items() if text is not None}
+    if len(said) not in (0, len(told)):
+        gone = ", ".join(link.name(peer) for peer in told if peer not in said)
+        raise ValueError(f"{gone}: left, while others begin a training")
+    return said or None
+
+
 class Server:
     """Serves one shard until all workers have said goodbye.
 
     Args:
         link: this rank's.
+        told: the workers' hellos.
 
     Raises:
         ValueError: what the workers told is wrong, or they disagree.
         Silence: a worker or another server is not there any more.
     """
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: Link, told: dict[int, str]) -> None:
         self._link = link
         self.index = link.servers.index(link.rank)
-        told: dict[int, str] = {}
-
-        def hear(peer: int, message: Message) -> bool:
-            if message.kind != wire.HELLO:
-                raise ValueError(f"{link.name(peer)} said {wire.NAMES[message.kind]} before hello")
-            told[peer] = message.text
-            return True
-
-        link.wait(link.workers, hear, wire.JOIN_TIMEOUT)
         first, *others = link.workers
         self.config, tensors = from_json(told[first])
         for peer in others:
@@ -83,14 +108,17 @@ class Server:
         self.updates = dict.fromkeys(link.workers, 0)
         """Pushes of every worker that has not left."""
         self._total = torch.empty(self.shard.numel)
+        self._square = 0.0
+        """Of the norm of this shard's last mean gradient, before it was clipped."""
         self._asking: dict[int, Message] = {}
         """Messages that wait for an answer."""
         self._since: dict[int, float] = {}
         self._told = time.monotonic()
         self._answers: dict[int, Tensor] = {}
 
-    def run(self) -> None:
-        """Serves."""
+    def run(self) -> bool:
+        """Serves; returns whether another training may follow."""
+        over = False
         while self.updates:
             heard = False
             for peer in list(self.updates):
@@ -101,6 +129,7 @@ class Server:
                     continue
                 heard = True
                 if message.kind == wire.BYE:
+                    over = over or bool(message.flags & wire.LAST)
                     del self.updates[peer]
                     continue
                 self._asking[peer], self._since[peer] = message, time.monotonic()
@@ -113,6 +142,7 @@ class Server:
             self._keep_waiting()
             self._link.rest()
         self._link.flush(self.config.timeout)
+        return not over
 
     def _answer(self) -> None:
         """Answers all who need not wait longer."""
@@ -137,6 +167,10 @@ class Server:
         what = set(kinds.values())
         if what == {wire.SAVE} or what == {wire.LOAD}:
             self._store(what == {wire.SAVE})
+        elif what == {wire.FETCH}:
+            self._hand_out()
+        elif what == {wire.PUT}:
+            self._take_in()
         else:
             said = ", ".join(f"{self._link.name(peer)} {wire.NAMES[kind]}" for peer, kind in sorted(kinds.items()))
             raise ValueError(f"workers wait for each other: {said}; all must do the same after as many updates")
@@ -155,7 +189,7 @@ class Server:
         everybody = len(peers) == len(self.updates)
         answer = self._buffer(-1 if everybody else peers[0])
         self.owner.encode(answer[wire.HEADER :])
-        wire.sealed(answer, wire.WEIGHTS, flags=wire.APPLIED)
+        wire.sealed(answer, wire.WEIGHTS, flags=wire.APPLIED, weight=self._square)
         for peer in peers:
             self._done(peer, answer if everybody or peer == peers[0] else self._buffer(peer).copy_(answer))
 
@@ -193,6 +227,7 @@ class Server:
             factor = message.weight / weight if weight > 0 else 0.0
             self.plan.quantizer.decode_shard(codes, part, self._total, factor=factor, add=True)
             touched |= present
+        self._square = float(torch.linalg.vector_norm(self._total)) ** 2
         if self.config.clip_norm and not self.config.staleness:
             norm = self._norm()
             self._total.mul_(min(1.0, self.config.clip_norm / (norm + 1e-6)))
@@ -242,35 +277,63 @@ class Server:
         for peer in list(self._asking):
             self._done(peer, answer)
 
-    def _save(self, path: Path) -> None:
+    def _hand_out(self) -> None:
+        """Gives this server's state to one of the workers, which keeps it with its own; the others get a word."""
+        keeper = self._link.workers[self.index % len(self._link.workers)]
+        for peer in list(self._asking):
+            self._done(peer, wire.note(wire.STATE, save(self._state()) if peer == keeper else b""))
+
+    def _take_in(self) -> None:
+        """Goes on from the state that a worker has kept, whichever does, and tells all how it went."""
+        bodies = [message.body for _, message in sorted(self._asking.items()) if message.body.numel()]
+        answer = wire.note(wire.DONE)
+        try:
+            if len(bodies) != 1:
+                raise ValueError(f"{len(bodies)} workers have its state")
+            self._take(load(bytes(bodies[0].numpy())), "its state")
+        except (ValueError, SafetensorError) as error:
+            answer = wire.note(wire.FAILED, str(error))
+        for peer in list(self._asking):
+            self._done(peer, answer)
+
+    def _state(self) -> dict[str, Tensor]:
         state = self.owner.state_dict()
         state["table"] = torch.from_numpy(self.shard.table.copy())
         state["tensors"] = torch.from_numpy(self.shard.tensors.copy())
         state["updates"] = torch.tensor([self.updates.get(peer, 0) for peer in self._link.workers])
-        server_state.write(path, state, {"format": "tenko-server-1"})
+        return state
+
+    def _take(self, state: dict[str, Tensor], where: Path | str) -> None:
+        for name, mine in (("table", self.shard.table), ("tensors", self.shard.tensors)):
+            if name not in state or not np.array_equal(state[name].numpy(), mine):
+                raise ValueError(f"{where}: {name}: of another model, number of servers or block size")
+        self.owner.load_state_dict(state)
+        # As many as any has made: workers save after as many updates, and others may go on than have saved.
+        self.updates = dict.fromkeys(self.updates, int(state["updates"].max()))
+
+    def _save(self, path: Path) -> None:
+        server_state.write(path, self._state(), {"format": "tenko-server-1"})
 
     def _load(self, path: Path) -> None:
         state, facts = server_state.read(path)
         if facts.get("format") != "tenko-server-1":
             raise ValueError(f"{path}: format: must be tenko-server-1, is {facts.get('format')}")
-        for name, mine in (("table", self.shard.table), ("tensors", self.shard.tensors)):
-            if name not in state or not np.array_equal(state[name].numpy(), mine):
-                raise ValueError(f"{path}: {name}: of another model, number of servers or block size")
         if "updates" not in state or state["updates"].shape != (len(self._link.workers),):
             raise ValueError(f"{path}: updates: must be of {len(self._link.workers)} workers")
-        self.owner.load_state_dict(state)
-        saved = dict(zip(self._link.workers, state["updates"].tolist(), strict=True))
-        self.updates = {peer: saved[peer] for peer in self.updates}
+        self._take(state, path)
 
 
 def main() -> int:
     """Serves, on this rank of an MPI job. Exit status 2 for wrong settings, 1 for a peer that died."""
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     link = None
+    # mpirun sends USR1 on to every rank. It is a notice to the workers: they save, and then let this server go.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     wire.abort_on_exceptions()
     try:
         link = wire.join(wire.SERVER)
-        Server(link).run()
+        while (told := greetings(link)) is not None and Server(link, told).run():
+            pass
     except (ValueError, RuntimeError) as error:
         who = link.name(link.rank) if link is not None else "server"
         logger.error("%s: %s", who, str(error).splitlines()[0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -36,6 +36,8 @@ class WorkerEnd:
         self.plan = Plan(config, tensors, len(link.servers))
         self.feedback = ErrorFeedback() if config.error_feedback else None
         self.meter = WireMeter()
+        self.norm = 0.0
+        """Of the mean gradient in the last update that was made, before it was clipped."""
         self.failed = False
         """Whether a server was found dead: the job cannot end in peace then."""
         self._formats = [
@@ -147,9 +149,11 @@ class WorkerEnd:
     def receive(self, parameters: Sequence[Tensor], timeout: float) -> bool:
         """Waits for all servers' weights and puts them into the parameters; False where the update was skipped."""
         applied = True
+        squares = dict.fromkeys(self.link.servers, 0.0)
 
         def take(peer: int, message: Message) -> bool:
             nonlocal applied
+            squares[peer] = message.weight
             if message.kind != wire.WEIGHTS:
                 raise RuntimeError(f"{self.link.name(peer)} answered {wire.NAMES[message.kind]}, not weights")
             form = self._formats[self.link.servers.index(peer)]
@@ -164,6 +168,7 @@ class WorkerEnd:
 
         self._wait(take, timeout)
         if applied:
+            self.norm = math.sqrt(math.fsum(squares.values()))
             pieces = self._weights.split(list(self.tensors.numels))
             for parameter, piece in zip(parameters, pieces, strict=True):
                 parameter.data.copy_(piece.view(parameter.shape))
@@ -171,6 +176,9 @@ class WorkerEnd:
 
     def ask(self, kind: int, folder: str) -> str:
         """Has all servers save to a folder (empty: this worker could not) or load; what went wrong, or nothing."""
+        return self._order({peer: wire.note(kind, folder) for peer in self.link.servers})
+
+    def _order(self, orders: Mapping[int, Tensor]) -> str:
         failures: list[str] = []
 
         def take(peer: int, message: Message) -> bool:
@@ -178,11 +186,39 @@ class WorkerEnd:
                 failures.append(f"{self.link.name(peer)}: {message.text}")
             return message.kind in (wire.DONE, wire.FAILED)
 
-        for peer in self.link.servers:
-            self.link.send(peer, wire.note(kind, folder))
-        # A server that writes to a disk cannot say meanwhile that it lives.
-        self._wait(take, max(self.config.timeout, 600))
+        for peer, order in orders.items():
+            self.link.send(peer, order)
+        self._wait(take, self._long)
         return "; ".join(sorted(failures))
+
+    @property
+    def _long(self) -> float:
+        """Seconds of silence where a server packs its state or writes it to a disk, and cannot say that it lives."""
+        return max(self.config.timeout, 600.0)
+
+    def fetch(self) -> dict[int, Tensor]:
+        """The states of those servers that this worker keeps, uint8, by index; all workers together."""
+        states: dict[int, Tensor] = {}
+
+        def take(peer: int, message: Message) -> bool:
+            if message.kind == wire.STATE and message.body.numel():
+                states[self.link.servers.index(peer)] = message.body.clone()
+            return message.kind == wire.STATE
+
+        for peer in self.link.servers:
+            self.link.send(peer, wire.note(wire.FETCH))
+        self._wait(take, self._long)
+        return states
+
+    def put(self, states: Mapping[int, Tensor]) -> str:
+        """Gives servers their states back, by index; each must come from one worker. What went wrong, or nothing."""
+        orders: dict[int, Tensor] = {}
+        for server, peer in enumerate(self.link.servers):
+            state = states.get(server, torch.empty(0, dtype=torch.uint8))
+            order = wire.packet(state.numel())
+            order[wire.HEADER :] = state
+            orders[peer] = wire.sealed(order, wire.PUT)
+        return self._order(orders)
 
     def _wait(self, take: wire.Taker, timeout: float) -> None:
         try:
@@ -191,10 +227,15 @@ class WorkerEnd:
             self.failed = True
             raise
 
-    def bye(self) -> None:
-        """Lets the servers go."""
+    def bye(self, *, last: bool = True) -> None:
+        """Lets the servers go, or, where another training may follow, wait for it."""
         if self.failed:
             self.link.abort(1)
-        for server in self.link.servers:
-            self.link.send(server, wire.sealed(wire.packet(0), wire.BYE))
-        self.link.flush(self.config.timeout)
+        goodbye(self.link, self.config.timeout, last=last)
+
+
+def goodbye(link: Link, timeout: float, *, last: bool) -> None:
+    """Tells all servers that this worker leaves; `last`: for good."""
+    for server in link.servers:
+        link.send(server, wire.sealed(wire.packet(0), wire.BYE, flags=wire.LAST if last else 0))
+    link.flush(timeout)

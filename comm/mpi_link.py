@@ -9,10 +9,11 @@ Notable:
 
 from __future__ import annotations
 
+import socket
 import struct
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -32,11 +33,16 @@ LIMIT = 1 << 34
 JOIN_TIMEOUT = 600.0
 """Seconds for all ranks to start, kernels compiled."""
 
-HELLO, INIT, PUSH, PULL, SAVE, LOAD, BYE, WEIGHTS, DONE, FAILED, WAIT, NORM = range(1, 13)
-NAMES = ("?", "hello", "init", "push", "pull", "save", "load", "bye", "weights", "done", "failed", "wait", "norm")
+HELLO, INIT, PUSH, PULL, SAVE, LOAD, BYE, WEIGHTS, DONE, FAILED, WAIT, NORM, FETCH, STATE, PUT = range(1, 16)
+NAMES = (
+    *("?", "hello", "init", "push", "pull", "save", "load", "bye"),
+    *("weights", "done", "failed", "wait", "norm", "fetch", "state", "put"),
+)
 WORKER, SERVER = 1, 2
-APPLIED, FINITE = 1, 1
-"""Flags: of WEIGHTS, the update was made; of PUSH, the gradient is finite."""
+APPLIED, FINITE, LAST = 1, 1, 1
+"""Flags: of WEIGHTS, the update was made; of PUSH, the gradient is finite; of BYE, no other training follows."""
+_CARD = struct.Struct("<i252s")
+"""What a rank tells all others at first: its role, its host's name."""
 
 
 class Silence(RuntimeError):
@@ -73,9 +79,9 @@ def sealed(
     return buffer
 
 
-def note(kind: int, text: str = "", **figures: Any) -> Tensor:
-    """A message with a body of text."""
-    data = np.frombuffer(text.encode(), dtype=np.uint8)
+def note(kind: int, text: str | bytes = "", **figures: Any) -> Tensor:
+    """A message with a body of text, or of other bytes."""
+    data = np.frombuffer(text.encode() if isinstance(text, str) else text, dtype=np.uint8)
     buffer = packet(len(data))
     buffer[HEADER:] = torch.from_numpy(data.copy())
     return sealed(buffer, kind, **figures)
@@ -90,12 +96,13 @@ class Link:
     Args:
         comm: a communicator of its own, nobody else's messages in it.
         roles: WORKER or SERVER of every rank.
+        hosts: the name of every rank's host.
     """
 
-    def __init__(self, comm: Any, roles: list[int]) -> None:
+    def __init__(self, comm: Any, roles: Sequence[int], hosts: Sequence[str]) -> None:
         from mpi4py import MPI
 
-        self._mpi, self._comm = MPI, comm
+        self._mpi, self._comm, self.hosts = MPI, comm, list(hosts)
         self.rank: int = comm.Get_rank()
         self.workers = [rank for rank, role in enumerate(roles) if role == WORKER]
         self.servers = [rank for rank, role in enumerate(roles) if role == SERVER]
@@ -201,8 +208,41 @@ class Link:
         self._comm.Abort(code)
 
 
+def meet(role: int, comm: Any = None) -> Link:
+    """Meets all ranks of the job, and learns who is what, and where. Nobody need be a server.
+
+    Args:
+        role: WORKER or SERVER.
+        comm: an mpi4py communicator; default COMM_WORLD.
+
+    Raises:
+        ValueError: there is no mpi4py.
+        Silence: not all ranks came.
+    """
+    try:
+        from mpi4py import MPI
+    except ImportError as error:
+        raise ValueError(f"comm: dedicated servers need mpi4py and an MPI (pip install tenko[mpi]): {error}") from None
+    comm = MPI.COMM_WORLD if comm is None else comm
+    limit = time.monotonic() + JOIN_TIMEOUT
+    cards = np.zeros((comm.Get_size(), _CARD.size), dtype=np.uint8)
+    mine = np.frombuffer(_CARD.pack(role, socket.gethostname().encode()[:252]), dtype=np.uint8).copy()
+
+    def finish(request: Any) -> None:
+        while not request.Test():
+            if time.monotonic() > limit:
+                raise Silence(f"not all {len(cards)} ranks were there within {JOIN_TIMEOUT:g} s")
+            time.sleep(1e-3)
+
+    finish(comm.Iallgather([mine, MPI.BYTE], [cards, MPI.BYTE]))
+    own, request = comm.Idup()
+    finish(request)
+    told = [_CARD.unpack(card.tobytes()) for card in cards]
+    return Link(own, [role for role, _ in told], [host.rstrip(b"\0").decode("utf-8", "replace") for _, host in told])
+
+
 def join(role: int, comm: Any = None) -> Link:
-    """Meets all ranks of the job, and learns who is what.
+    """`meet`, for a job that must have servers.
 
     Args:
         role: WORKER or SERVER.
@@ -212,24 +252,7 @@ def join(role: int, comm: Any = None) -> Link:
         ValueError: there is no mpi4py, or no server or no worker among the ranks.
         Silence: not all ranks came.
     """
-    try:
-        from mpi4py import MPI
-    except ImportError as error:
-        raise ValueError(f"comm: dedicated servers need mpi4py and an MPI (pip install tenko[mpi]): {error}") from None
-    comm = MPI.COMM_WORLD if comm is None else comm
-    limit = time.monotonic() + JOIN_TIMEOUT
-    roles = np.zeros(comm.Get_size(), dtype=np.int32)
-
-    def finish(request: Any) -> None:
-        while not request.Test():
-            if time.monotonic() > limit:
-                raise Silence(f"not all {len(roles)} ranks were there within {JOIN_TIMEOUT:g} s")
-            time.sleep(1e-3)
-
-    finish(comm.Iallgather(np.array([role], dtype=np.int32), roles))
-    own, request = comm.Idup()
-    finish(request)
-    link = Link(own, roles.tolist())
+    link = meet(role, comm)
     if not link.servers or not link.workers:
         raise ValueError(
             f"comm: {len(link.workers)} workers and {len(link.servers)} servers; start both: "

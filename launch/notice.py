@@ -37,7 +37,7 @@ class Notice:
         self.signal: signal.Signals | None = None
         """The one that asked this process; None if another was asked."""
         self._training: Callable[[], bool] = lambda: False
-        self._trainings = 0
+        self._trainings = self._ahead = 0
 
     def listen(self, *, training: Callable[[], bool], ends_at_once: int | None = None) -> None:
         """Take the signals from now on. Call it in the main thread, before others start, which inherit the mask.
@@ -64,9 +64,14 @@ class Notice:
                 os.kill(os.getpid(), number)
             self.signal = number
 
-    def begin(self) -> None:
-        """A training begins, whose updates are counted anew; called on all ranks."""
+    def begin(self, *, ahead: int = 0) -> None:
+        """A training begins, whose updates are counted anew; called on all ranks.
+
+        Args:
+            ahead: updates that a rank may have finished before another; 0 where each needs all ranks' gradients.
+        """
         self._trainings += 1
+        self._ahead = ahead
 
     def due(self, update: int) -> bool:
         """Whether to stop after `update`, which has just ended: the same on all ranks, who all ask after each."""
@@ -75,8 +80,9 @@ class Notice:
         key = f"stop/{self._trainings}"
         if self.signal is None and not self.store.check([key]):
             return False
-        # The first to write decides. It is not in update + 1 yet, so all others see this when that ends.
-        last = int(self.store.compare_set(key, "", str(update + 1)))
+        # The first to write decides. It is not in update + 1 yet, so all others see this when that ends; where they may
+        # be `ahead` of it, when they have made as many more.
+        last = int(self.store.compare_set(key, "", str(update + 1 + self._ahead)))
         if self.signal is not None and last > update:
             logger.warning("%s: stops after update %d", self.signal.name, last)
         return update >= last

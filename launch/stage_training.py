@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from tenko.comm import Route, make_route, register
+from tenko.comm import DedicatedRoute, Route, make_route, register
 from tenko.compression import Technique
 from tenko.nmt import distributed
 from tenko.nmt.batches import UpdateStream
@@ -110,7 +110,7 @@ def train_model(
         config,
         seed=seed,
         checkpoints=folder / CHECKPOINTS,
-        wrap=lambda module: _distribute(accelerator, module, context),
+        wrap=lambda module: _distribute(accelerator, module, context, config),
         engine=partial(ZeroEngine, accelerator) if uses_zero(config) else None,
         techniques=techniques,
         teacher=teacher,
@@ -137,8 +137,13 @@ def train_model(
 _WIRE = ("bytes_sent", "fp32_bytes", "up_bytes", "down_bytes")
 
 
-def _distribute(accelerator: Accelerator, module: nn.Module, context: StageContext) -> tuple[nn.Module, Route | None]:
-    """DDP with the recipe's route; a single process keeps the module as it is."""
+def _distribute(
+    accelerator: Accelerator, module: nn.Module, context: StageContext, config: TrainConfig
+) -> tuple[nn.Module, Route | None]:
+    """DDP with the recipe's route; a single process, and workers of dedicated servers, keep the module as it is."""
+    mpi, comm = context.job.mpi, context.recipe.comm
+    if mpi is not None and comm.servers == "dedicated":
+        return module, DedicatedRoute(comm, mpi.link, seed=context.recipe.seed, clip_norm=config.clip_norm)
     if distributed.world_size() == 1:
         return module, None
     wrapped = accelerator.prepare(module)
@@ -201,7 +206,7 @@ def _run(
         if reporter.terminal:
             reporter.advance(update)
 
-    notice.begin()
+    notice.begin(ahead=context.recipe.comm.staleness)
     pulse.update(trainer.updates)
     try:
         trainer.run(

@@ -4,6 +4,8 @@ Started by `tenko run` (`--run-dir DIR`, the recipe is already in it), or by a t
 
     torchrun --nproc-per-node 2 -m tenko.launch.worker recipes/scratch.yaml --run-dir runs/scratch
 
+or by srun or mpirun (see mpi_env.py).
+
 Rank 0 decides where to go on and tells the others through torchrun's store, before any stage runs: were each to look
 for result.json itself, a late one could take for finished what rank 0 has only just done.
 """
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import socket
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +23,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import NoReturn
 
+from . import mpi_env
 from .errors import (
     BAD_INPUT,
     INTERNAL,
@@ -89,8 +93,8 @@ def _spawned(run_dir: Path, runners: Runners | None) -> NoReturn:
 
 
 def _standalone(arguments: argparse.Namespace, runners: Runners | None) -> NoReturn:
-    """Under a torchrun, srun or shell of the user's own."""
-    code = 0
+    """Under a torchrun, srun, mpirun or shell of the user's own."""
+    code, mpi, log = 0, None, None
     try:
         with ExitStack() as stack:
             stack.enter_context(raise_on_signals())
@@ -102,6 +106,10 @@ def _standalone(arguments: argparse.Namespace, runners: Runners | None) -> NoRet
             else:
                 recipe = load(arguments.recipe, arguments.overrides)
             run_dir = arguments.run_dir or Path("runs") / recipe.name
+            if mpi_env.is_needed(world, recipe.comm):
+                mpi = mpi_env.Mpi.start()
+                world = mpi.world
+            mpi_env.check_servers(recipe.comm, mpi)
             if world.rank == 0:
                 stack.enter_context(RunLock(run_dir))
                 run = RunDirectory.create(run_dir, recipe)
@@ -110,26 +118,38 @@ def _standalone(arguments: argparse.Namespace, runners: Runners | None) -> NoRet
                 run = RunDirectory(run_dir, recipe)
             logging.basicConfig(stream=sys.stderr, format="%(name)s %(levelname)s: %(message)s")
             limit_threads(recipe.threads, world.local_size)
-            job = Job.join(world)
+            if mpi is None:
+                job = Job.join(world)
+            else:
+                (run_dir / LOGS).mkdir(parents=True, exist_ok=True)
+                log = run_dir / LOGS / f"worker-{world.rank}.log"
+                job = Job.join(world, run_dir / LOGS, mpi=mpi)
+                job.notice.listen(training=lambda: job.pulse.training, ends_at_once=os.getppid())
             job.check_agreement(recipe)
             first, resume = agree(run, job)
             run_stages(run, job=job, first=first, resume=resume, runners=runners)
             _leave_group()
     except Stopped as error:
         code = STOPPED
-        print(f"tenko: {error}", file=sys.stderr)
+        if world.rank == 0:
+            print(f"tenko: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         code = INTERRUPTED
     except Terminated as error:
         code = error.code
     except Exception as error:
+        code = BAD_INPUT if is_users(error) else INTERNAL
+        mpi_env.wait_to_be_heard(echo=is_lost_peer(error))
         if is_users(error):
-            code = BAD_INPUT
             print(f"tenko: error: {one_line(error)}", file=sys.stderr)
+        elif log is not None:
+            with suppress(OSError):
+                log.write_text(traceback.format_exc(), encoding="utf-8")
+            where = f"rank {world.rank} ({socket.gethostname()})"
+            print(f"tenko: error: {where}: {internal(error, log)}", file=sys.stderr)
         else:
-            code = INTERNAL
             traceback.print_exc()
-    _end(code)
+    _end(code, mpi)
 
 
 def agree(run: RunDirectory, job: Job) -> tuple[int, bool]:
@@ -204,7 +224,7 @@ def _leave_group() -> None:
             dist.destroy_process_group()
 
 
-def _end(code: int) -> NoReturn:
+def _end(code: int, mpi: mpi_env.Mpi | None = None) -> NoReturn:
     """Leave at once: on the way out of a failed run the interpreter would wait for threads inside collectives."""
     for stream in (sys.stdout, sys.stderr):
         try:
@@ -212,6 +232,8 @@ def _end(code: int) -> NoReturn:
         except (OSError, ValueError):
             code = code or BAD_INPUT
     logging.shutdown()
+    if mpi is not None:
+        mpi.leave(code, clean=code in (0, STOPPED))
     os._exit(code)
 
 

@@ -50,10 +50,12 @@ class World:
         """
         if "RANK" in environ and "WORLD_SIZE" in environ:
             return _torchrun(environ)
+        # Open MPI's variable, and that of MPICH's Hydra. In a SLURM job they start their daemons with srun, whose
+        # variables the ranks then have as well.
+        if "OMPI_COMM_WORLD_RANK" in environ or "MPI_LOCALRANKID" in environ:
+            return cls(launcher="mpirun")  # the rest MPI itself says: mpi_env.py
         if "SLURM_STEP_ID" in environ and "SLURM_PROCID" in environ:
             return _srun(environ)
-        if "OMPI_COMM_WORLD_RANK" in environ:
-            return _open_mpi(environ)
         return cls()
 
     def export(self, environ: MutableMapping[str, str] = os.environ) -> None:
@@ -124,20 +126,6 @@ def _tasks_per_node(text: str) -> list[int]:
         except ValueError:
             raise ValueError(f"SLURM_STEP_TASKS_PER_NODE: not as SLURM writes it: {text!r}") from None
     return counts
-
-
-def _open_mpi(environ: Mapping[str, str]) -> World:
-    size, local_size = _number(environ, "OMPI_COMM_WORLD_SIZE"), _number(environ, "OMPI_COMM_WORLD_LOCAL_SIZE", 1)
-    node = _number(environ, "OMPI_COMM_WORLD_NODE_RANK", 0)
-    return World(
-        launcher="mpirun",
-        rank=_number(environ, "OMPI_COMM_WORLD_RANK"),
-        size=size,
-        local_rank=_number(environ, "OMPI_COMM_WORLD_LOCAL_RANK", 0),
-        local_size=local_size,
-        node=node,
-        nodes=max(1, size // local_size),
-    )
 
 
 def _number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
