@@ -13,7 +13,7 @@ TORCH_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
-FOLDERS := comm compression launch nmt recipes
+FOLDERS := comm compression launch nmt recipes slurm
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test venv lint bench wheel clean FORCE

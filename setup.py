@@ -1,11 +1,11 @@
-"""Installs the four folders as tenko.launch, tenko.nmt, tenko.compression and tenko.comm, and the recipes as data."""
+"""Installs the four folders as tenko.launch, tenko.nmt, tenko.compression and tenko.comm; recipes and slurm as data."""
 
 from pathlib import Path
 
 from setuptools import setup
 
 HERE = Path(__file__).parent
-FOLDERS = ("launch", "nmt", "compression", "comm", "recipes")
+FOLDERS = ("launch", "nmt", "compression", "comm", "recipes", "slurm")
 
 setup(
     name="tenko",
@@ -21,6 +21,7 @@ setup(
     package_data={
         "tenko.nmt": ["py.typed", "embedded/*", "embedded/licenses/*", "models/*/*"],
         "tenko.recipes": ["*.yaml"],
+        "tenko.slurm": ["*.sbatch"],
         "tenko.launch": ["py.typed"],
         "tenko.compression": ["py.typed"],
         "tenko.comm": ["py.typed"],

@@ -14,6 +14,7 @@ import typer
 
 from .bundled import bundled
 from .errors import BAD_INPUT, INTERNAL, INTERRUPTED, RunFailed, Terminated, internal, is_users, one_line
+from .slurm_cli import app as launch_app
 
 app = typer.Typer(
     name="tenko",
@@ -27,6 +28,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
+
+app.add_typer(launch_app, name="launch")
 
 
 class Device(StrEnum):
