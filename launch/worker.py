@@ -118,13 +118,14 @@ def _standalone(arguments: argparse.Namespace, runners: Runners | None) -> NoRet
                 run = RunDirectory(run_dir, recipe)
             logging.basicConfig(stream=sys.stderr, format="%(name)s %(levelname)s: %(message)s")
             limit_threads(recipe.threads, world.local_size)
-            if mpi is None:
-                job = Job.join(world)
-            else:
-                (run_dir / LOGS).mkdir(parents=True, exist_ok=True)
+            (run_dir / LOGS).mkdir(parents=True, exist_ok=True)
+            if mpi is not None:
                 log = run_dir / LOGS / f"worker-{world.rank}.log"
-                job = Job.join(world, run_dir / LOGS, mpi=mpi)
-                job.notice.listen(training=lambda: job.pulse.training, ends_at_once=os.getppid())
+            job = Job.join(world, run_dir / LOGS, mpi=mpi)
+            if world.launcher != "alone":
+                # TERM from torchrun or mpirun follows another worker's end; from SLURM's daemon it is the notice.
+                ends_at_once = None if world.launcher == "srun" else os.getppid()
+                job.notice.listen(training=lambda: job.pulse.training, ends_at_once=ends_at_once)
             job.check_agreement(recipe)
             first, resume = agree(run, job)
             run_stages(run, job=job, first=first, resume=resume, runners=runners)
