@@ -57,27 +57,41 @@ class Job:
     """Under mpirun: its place in the MPI job, and the way to parameter servers."""
 
     @classmethod
-    def join(cls, world: World, log_dir: Path | None = None, *, mpi: Mpi | None = None) -> Job:
+    def join(
+        cls,
+        world: World,
+        log_dir: Path | None = None,
+        *,
+        mpi: Mpi | None = None,
+        listen: bool = False,
+        ends_at_once: int | None = None,
+    ) -> Job:
         """Meet the other ranks.
 
         Args:
             world: who this is; MASTER_ADDR and MASTER_PORT say where the others are.
             log_dir: folder for the rank's pulse.
             mpi: under mpirun.
+            listen: whether to take the signals of a notice; from before the store begins threads of its own, one of
+                which would get them, and end the process.
+            ends_at_once: as of `Notice.listen`.
 
         Raises:
             ValueError: they are not all there in time, or there is no way to them; one line.
         """
         world.export()
         beats = Pulse(None if log_dir is None else pulse.path_of(log_dir, world.rank), rank=world.rank, node=world.node)
+        notice = Notice()
+        if listen:
+            notice.listen(training=lambda: beats.training, ends_at_once=ends_at_once)
         if world.size == 1:
-            return cls(world=world, pulse=beats, mpi=mpi)
+            return cls(world=world, notice=notice, pulse=beats, mpi=mpi)
         host, port = _master()
         if "GLOO_SOCKET_IFNAME" not in os.environ:
             # gloo's own guess is the host name's address, which Debian makes 127.0.1.1.
             os.environ["GLOO_SOCKET_IFNAME"] = interface_to(host)[0]
-        store = _open_store(world, host, port, None if mpi is None else mpi.listener)
-        return cls(world=world, store=store, notice=Notice(store), pulse=beats, mpi=mpi)
+        notice.store = store = _open_store(world, host, port, None if mpi is None else mpi.listener)
+        return cls(world=world, store=store, notice=notice, pulse=beats, mpi=mpi)
 
     def init_group(self) -> None:
         """Make torch's process group of all ranks; does nothing alone, or when there is one.

@@ -74,8 +74,7 @@ def _spawned(run_dir: Path, runners: Runners | None) -> NoReturn:
     code = 0
     try:
         run = RunDirectory.read(run_dir)
-        job = Job.join(world, log_dir)
-        job.notice.listen(training=lambda: job.pulse.training, ends_at_once=os.getppid())
+        job = Job.join(world, log_dir, listen=True, ends_at_once=os.getppid())
         job.check_agreement(run.recipe)
         first, resume = agree(run, job)
         run_stages(run, job=job, first=first, resume=resume, runners=runners)
@@ -121,11 +120,10 @@ def _standalone(arguments: argparse.Namespace, runners: Runners | None) -> NoRet
             (run_dir / LOGS).mkdir(parents=True, exist_ok=True)
             if mpi is not None:
                 log = run_dir / LOGS / f"worker-{world.rank}.log"
-            job = Job.join(world, run_dir / LOGS, mpi=mpi)
-            if world.launcher != "alone":
-                # TERM from torchrun or mpirun follows another worker's end; from SLURM's daemon it is the notice.
-                ends_at_once = None if world.launcher == "srun" else os.getppid()
-                job.notice.listen(training=lambda: job.pulse.training, ends_at_once=ends_at_once)
+            # TERM from torchrun or mpirun follows another worker's end; from SLURM's daemon it is the notice.
+            ends_at_once = None if world.launcher == "srun" else os.getppid()
+            listen = world.launcher != "alone"
+            job = Job.join(world, run_dir / LOGS, mpi=mpi, listen=listen, ends_at_once=ends_at_once)
             job.check_agreement(recipe)
             first, resume = agree(run, job)
             run_stages(run, job=job, first=first, resume=resume, runners=runners)
