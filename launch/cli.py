@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from .bundled import bundled
-from .errors import BAD_INPUT, INTERNAL, INTERRUPTED, RunFailed, Terminated, internal, is_users, one_line
+from .errors import BAD_INPUT, INTERNAL, INTERRUPTED, Halted, RunFailed, Terminated, internal, is_users, one_line
 from .slurm_cli import app as launch_app
 
 app = typer.Typer(
@@ -123,6 +123,31 @@ def run(
     run_dir: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Run directory.", show_default="runs/NAME, of the recipe's name")
     ] = None,
+    nodes: Annotated[
+        str | None,
+        typer.Option(metavar="N|MIN:MAX", help="Nodes; the same command runs on each.", show_default="1"),
+    ] = None,
+    rendezvous: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Where nodes meet: one of them, and a free port.", show_default=False),
+    ] = None,
+    interface: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="This node's network interface.", show_default="the one that leads to HOST"),
+    ] = None,
+    join_timeout: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", min=1, help="How long to wait for other nodes.", show_default="300"),
+    ] = None,
+    max_restarts: Annotated[
+        int | None,
+        typer.Option(
+            metavar="K",
+            min=0,
+            help="How often lost workers are started anew.",
+            show_default="3 on several nodes, 0 on one",
+        ),
+    ] = None,
 ) -> None:
     """Run a recipe, or go on with it where it stopped.
 
@@ -134,14 +159,17 @@ def run(
     tenko run demo quant_noise.train.max_update=50 seed=2 --run-dir runs/short
     tenko run scratch data.train=corpus.tsv.gz --run-dir runs/mine
 
-    To start the workers yourself, for instance on several machines:
+    On several machines the same command runs on each, `workers` processes a machine, all with the run directory on a
+    disk that they share. SIGUSR1 and SIGTERM end the update and save; exit code 75, or 143 after SIGTERM.
 
     \b
-    torchrun --nproc-per-node 2 -m tenko.launch.worker recipes/scratch.yaml --run-dir runs/scratch
+    tenko run scratch --run-dir /shared/runs/scratch --nodes 2 --rendezvous node1:29500
     """
     from . import commands
+    from .nodes import Nodes
 
-    commands.run(recipe, overrides or [], run_dir)
+    where = Nodes.parse(nodes, rendezvous, interface, join_timeout)
+    commands.run(recipe, overrides or [], run_dir, where, max_restarts=max_restarts)
 
 
 @app.command()
@@ -311,7 +339,7 @@ def main(argv: list[str] | None = None) -> None:
         _say(str(error))
     except RunFailed as error:
         code = error.code
-        _say(f"error: {error}")
+        _say(str(error) if isinstance(error, Halted) else f"error: {error}")
     except Exception as error:
         code = BAD_INPUT if is_users(error) else INTERNAL
         if os.environ.get("TENKO_DEBUG", "0") not in ("", "0"):

@@ -30,6 +30,10 @@ class RunFailed(Exception):
         self.code = code
 
 
+class Halted(RunFailed):
+    """A run was stopped on notice: no error."""
+
+
 class Terminated(BaseException):
     """A signal asked this process to end (SIGTERM, SIGHUP); like KeyboardInterrupt no `except Exception` stops it."""
 

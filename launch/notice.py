@@ -17,6 +17,8 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from .errors import STOPPED
+
 if TYPE_CHECKING:
     from torch.distributed import Store
 
@@ -63,6 +65,11 @@ class Notice:
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # of this thread: enough to end the process
                 os.kill(os.getpid(), number)
             self.signal = number
+
+    @property
+    def code(self) -> int:
+        """The exit code of a process that has saved and leaves: 143 after TERM, else that of `errors.STOPPED`."""
+        return 128 + signal.SIGTERM if self.signal == signal.SIGTERM else STOPPED
 
     def begin(self, *, ahead: int = 0) -> None:
         """A training begins, whose updates are counted anew; called on all ranks.

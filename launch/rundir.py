@@ -14,7 +14,10 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import secrets
 import shutil
+import socket
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -211,12 +214,14 @@ class RunLock:
     """Holds a run directory for one run at a time; a context manager.
 
     Raises (on entering):
-        ValueError: another run holds it; names its process.
+        ValueError: another run holds it; names its process and host.
         OSError: the directory cannot be made or written.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.holder = ""
+        """What stands in the lock: process, host, and a word that is this run's alone."""
         self._file: int | None = None
 
     def __enter__(self) -> RunLock:
@@ -232,12 +237,16 @@ class RunLock:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = os.read(file, 32).decode(errors="replace").strip()
+            process, _, host = os.read(file, 256).decode(errors="replace").strip().partition(" ")
             os.close(file)
-            who = f"process {holder}" if holder else "another process"
-            raise ValueError(f"{self.path}: {who} is running it; wait for it or choose another --run-dir") from None
+            who = f"process {process}" if process else "another process"
+            where = f" on {host.split()[0]}" if host else ""
+            raise ValueError(
+                f"{self.path}: {who} is running it{where}; wait for it or choose another --run-dir"
+            ) from None
+        self.holder = f"{os.getpid()} {socket.gethostname()} {secrets.token_hex(8)}"
         os.ftruncate(file, 0)
-        os.pwrite(file, f"{os.getpid()}\n".encode(), 0)
+        os.pwrite(file, f"{self.holder}\n".encode(), 0)
         self._file = file
         return self
 
@@ -248,6 +257,24 @@ class RunLock:
         os.ftruncate(self._file, 0)
         os.close(self._file)  # releases the lock; the file stays, as removing it would race with the next holder
         self._file = None
+
+
+def is_shared(path: Path, holder: str, seconds: float = 10.0) -> bool:
+    """Whether a run directory is here the one in which another machine's `RunLock` wrote `holder`.
+
+    Args:
+        seconds: how long the machine's file system may take to show it.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            if (path / LOCK).read_text(encoding="utf-8").strip() == holder:
+                return True
+        except OSError:  # it does not show the file yet
+            pass
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
 
 
 def first_difference(old: dict[str, Any], new: dict[str, Any]) -> tuple[str, str, str] | None:

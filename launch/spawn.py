@@ -1,109 +1,253 @@
-"""Starts the workers of one machine as torchrun does, and turns the ways they can end into one line.
+"""Starts the workers of this node as torchrun does, and turns the ways they can end into one line.
 
 Workers run in sessions of their own: Ctrl-C reaches only this process, which ends them. Should this process be killed,
 the kernel ends them (`adopt_parent`). Rank 0 keeps the terminal's stdout for its progress bar; everything else that
-workers write goes to files, and what went wrong comes back as JSON.
+workers write goes to files, and what went wrong comes back as JSON. A notice to stop (USR1, TERM) is passed on to them.
 """
 
 from __future__ import annotations
 
 import ctypes
-import json
+import faulthandler
 import logging
 import os
 import re
 import signal
 import sys
 import threading
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING
 
-from .errors import BAD_INPUT, INTERNAL, RunFailed, Terminated
+from .errors import BAD_INPUT, STOPPED, Halted, RunFailed, Terminated
+from .failures import STOPPED as SAID_STOPPED
+from .failures import read_all, reserve, tidy, write_error
+from .nodes import Nodes
+from .notice import SIGNALS, Notice
+from .watchdog import DUMP, Crew, Watchdog
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing import LogsSpecs
+
+    from .agent import Agent
+    from .rendezvous import Meeting
+
+__all__ = ["PARENT", "adopt_parent", "limit_threads", "raise_on_signals", "run_workers", "write_error"]
 
 PARENT = "TENKO_PARENT"
 """Environment variable by which a worker knows that it was started here: the parent's process id."""
-SHUTDOWN_SECONDS = 5
-"""How long workers may take to end before they are killed; they end at once unless stuck in the kernel."""
+NOTHING_TO_SAVE = "stopped on notice outside of a training; the same command goes on"
+KEPT_LOGS = 10
+"""Logs of earlier starts that are kept of each worker."""
 
 
-def run_workers(
-    *, workers: int, threads: int, log_dir: Path, args: Sequence[str], module: str = "tenko.launch.worker"
-) -> None:
-    """Run `python -m module args` in `workers` torchrun processes and wait for them.
-
-    Args:
-        workers: processes to start, at least 1.
-        threads: OMP_NUM_THREADS of each; 0 divides the cores.
-        log_dir: folder for worker-N.log and error-N.json.
-        args: arguments of the module.
-        module: the worker; when it fails it writes its reason with `write_error`.
-
-    Raises:
-        RunFailed: a worker failed or was killed; all have ended.
-        KeyboardInterrupt, Terminated: this process got SIGINT, or SIGTERM or SIGHUP; all have ended.
-        OSError: the logs cannot be written.
-    """
-    log_dir.mkdir(parents=True, exist_ok=True)
-    _reserve_error_files(log_dir, workers)
+def prepare_environment(nodes: Nodes, *, workers: int, threads: int) -> None:
+    """Set what workers, and torch in this process, find in the environment. Before torch is imported."""
     os.environ.update(thread_environment(threads, workers))
     os.environ[PARENT] = str(os.getpid())
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine: no need to resolve its host name
     os.environ["PYTHONUNBUFFERED"] = "1"
+    os.environ["TENKO_JOIN_SECONDS"] = f"{nodes.join_seconds:g}"
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TP_SOCKET_IFNAME"):
+        if nodes.several:
+            os.environ[name] = nodes.interface
+        elif name.startswith("GLOO"):
+            os.environ.setdefault(name, nodes.interface)  # one machine: no need to resolve its host name
 
-    from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+def run_workers(
+    *,
+    meeting: Meeting,
+    workers: int,
+    log_dir: Path,
+    args: Sequence[str],
+    module: str = "tenko.launch.worker",
+    max_restarts: int = 0,
+    hang_timeout: float = 0.0,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Run `python -m module args` in `workers` processes of this node and wait for those of all nodes.
+
+    Args:
+        meeting: of this run's agents; `prepare_environment` was called before.
+        workers: processes to start, at least 1.
+        log_dir: folder for worker-N.log, error-N.json and pulse-N, shared by the nodes.
+        args: arguments of the module.
+        module: the worker; when it fails it writes its reason with `write_error`.
+        max_restarts: how often workers that failed are started anew.
+        hang_timeout: seconds after which a worker counts as hung; 0 never.
+        say: takes lines for the user while the run goes on.
+
+    Raises:
+        RunFailed: a worker failed or was killed, or the other nodes are gone; all of this node's have ended.
+        Stopped: on notice, and saved.
+        KeyboardInterrupt, Terminated: this process got SIGINT, or a second SIGTERM, or SIGHUP; all have ended.
+        OSError: the logs cannot be written.
+    """
+    log_dir.mkdir(parents=True, exist_ok=True)
+    from torch.distributed.elastic.agent.server.api import WorkerSpec
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.rendezvous import (
+        RendezvousClosedError,
+        RendezvousConnectionError,
+        RendezvousTimeoutError,
+    )
+
+    from .agent import Agent
+    from .rendezvous import Rendezvous
+
+    crew, handler = Crew(), Rendezvous(meeting)
+    spec = WorkerSpec(
+        role="worker",
+        local_world_size=workers,
+        entrypoint=sys.executable,
+        args=("-m", module, *(argument.replace("$", "$$") for argument in args)),  # torch fills in ${local_rank}
+        rdzv_handler=handler,
+        max_restarts=max_restarts,
+        monitor_interval=0.1,
+        local_addr=meeting.nodes.address,
+    )
+    name = f"torchrun-{meeting.nodes.address}.log" if meeting.nodes.several else "torchrun.log"
+    with (
+        _own_log(log_dir / name),
+        _restored_signals(),
+        _notices_passed_on(crew),
+        Watchdog(crew, log_dir, hang_timeout, several=meeting.nodes.several),
+    ):
+        agent = Agent(spec, _logs_specs(log_dir), meeting=meeting, crew=crew, log_dir=log_dir, say=say)
+        try:
+            result = agent.run()
+            if result is None or result.is_failed():
+                raise agent.cause(patience=12.0)
+        except SignalException as error:
+            number = int(error.sigval)
+            raise (KeyboardInterrupt if number == signal.SIGINT else Terminated(number)) from None
+        except (RunFailed, RendezvousClosedError, RendezvousTimeoutError, RendezvousConnectionError) as error:
+            raise _explained(error, agent, meeting, crew) from None
+        finally:
+            handler.shutdown()
+            _show_cursor()
+            tidy(log_dir)
+        stopped = [failure for failure in read_all(log_dir, handler.round) if failure.kind == SAID_STOPPED]
+    if stopped:
+        raise Halted(stopped[0].message, crew.code)
+
+
+def _explained(error: Exception, agent: Agent, meeting: Meeting, crew: Crew) -> RunFailed:
+    """The run's end as one line, the same on all nodes as far as they hear of one another."""
+    from torch.distributed.elastic.rendezvous import RendezvousTimeoutError
+
+    nodes, place = meeting.nodes, f"{meeting.nodes.host}:{meeting.port}"
+    if (verdict := meeting.verdict()) is not None:
+        return verdict
+    if crew.stopping is not None:
+        return Halted(NOTHING_TO_SAVE, crew.code)
+    if isinstance(error, RunFailed):
+        return meeting.fail(error)
+    if agent.rendezvous.round < 0:
+        if isinstance(error, RendezvousTimeoutError):
+            there = agent.rendezvous.nodes_present()
+            ending = f"{there} of {nodes.least} nodes came to {place} within {nodes.join_seconds:g} s"
+        else:
+            ending = f"the run at {place} has ended meanwhile"
+        return meeting.fail(RunFailed(f"--rendezvous: {ending}", BAD_INPUT))
+    cause = agent.cause(patience=3.0)
+    if isinstance(error, RendezvousTimeoutError):
+        there = agent.rendezvous.nodes_present()
+        return meeting.fail(RunFailed(f"{cause}; {there} of the {nodes.least} nodes it needs are left", cause.code))
+    return RunFailed(f"{cause}; {place} does not answer any more", cause.code)
+
+
+def _logs_specs(log_dir: Path) -> LogsSpecs:
+    from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
 
     class Logs(LogsSpecs):
-        """Rank 0's stdout stays the terminal's; the rest goes to worker-N.log."""
+        """Rank 0's stdout stays the terminal's; the rest goes to worker-N.log, a new one each start."""
 
         @property
         def root_log_dir(self) -> str:
             return str(log_dir)
 
         def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
-            files = {rank: str(log_dir / f"worker-{rank}.log") for rank in envs}
+            ranks = {local: int(env["RANK"]) for local, env in envs.items()}
+            for rank in ranks.values():
+                _put_aside(log_dir, rank)
+                reserve(log_dir, rank)
             return LogsDest(
-                stdouts={rank: "" if rank == 0 else str(log_dir / f"worker-{rank}.out") for rank in envs},
-                stderrs=files,
+                stdouts={local: str(log_dir / f"worker-{rank}.out") if rank else "" for local, rank in ranks.items()},
+                stderrs={local: str(log_dir / f"worker-{rank}.log") for local, rank in ranks.items()},
                 tee_stdouts={},
                 tee_stderrs={},
-                error_files={rank: str(log_dir / f"torch-error-{rank}.json") for rank in envs},
+                error_files={local: str(log_dir / f"torch-error-{rank}.json") for local, rank in ranks.items()},
             )
 
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=workers,
-        run_id=f"tenko-{os.getpid()}",
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        local_addr="127.0.0.1",
-        max_restarts=0,
-        monitor_interval=0.1,
-        logs_specs=Logs(str(log_dir)),
-    )
-    if hasattr(config, "shutdown_timeout"):  # torch 2.13 on
-        config.shutdown_timeout = SHUTDOWN_SECONDS
-    arguments = [argument.replace("$", "$$") for argument in args]  # torchrun fills in ${local_rank}
-    with _own_log(log_dir / "torchrun.log"), _restored_signals():
-        try:
-            elastic_launch(config, sys.executable)("-m", module, *arguments)
-        except ChildFailedError as error:
-            raise _explain(error.failures, log_dir) from None
-        except SignalException as error:
-            number = int(error.sigval)
-            raise (KeyboardInterrupt if number == signal.SIGINT else Terminated(number)) from None
-        finally:
-            _show_cursor()
-            for file in [*log_dir.glob("*.out"), *log_dir.glob("error-*.json")]:
-                if not file.read_bytes().strip():
-                    file.unlink()
+    return Logs(str(log_dir))
+
+
+def _put_aside(log_dir: Path, rank: int) -> None:
+    """Keep what a worker logged before: as earlier/worker-RANK.1.log and on, the newest last."""
+    log, earlier = log_dir / f"worker-{rank}.log", log_dir / "earlier"
+    (log_dir / f"pulse-{rank}").unlink(missing_ok=True)
+    if not log.exists() or not log.stat().st_size:
+        return
+    earlier.mkdir(exist_ok=True)
+    numbers = sorted(int(path.suffixes[-2][1:]) for path in earlier.glob(f"worker-{rank}.*.log"))
+    log.rename(earlier / f"worker-{rank}.{numbers[-1] + 1 if numbers else 1}.log")
+    for number in numbers[: len(numbers) + 1 - KEPT_LOGS]:
+        (earlier / f"worker-{rank}.{number}.log").unlink(missing_ok=True)
+
+
+@contextmanager
+def _notices_passed_on(crew: Crew) -> Iterator[None]:
+    """Pass USR1 and TERM on to the workers as USR1: they save and leave. A second TERM ends this process, as does a
+    notice while no worker runs."""
+
+    def notice(number: int, frame: FrameType | None) -> None:
+        first, pids = crew.stopping is None, crew.pids
+        again = crew.stopping == signal.SIGTERM and number == signal.SIGTERM
+        crew.stopping = signal.SIGTERM if number == signal.SIGTERM else crew.stopping or signal.SIGUSR1
+        if again or (not pids and number == signal.SIGTERM):
+            raise Terminated(number)
+        if not pids:
+            raise Halted(NOTHING_TO_SAVE, crew.code)
+        for pid in pids.values() if first else ():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGUSR1)
+
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGINT,SIGHUP,SIGQUIT"
+    with _handled(notice):
+        yield
+
+
+@contextmanager
+def notices_here(notice: Notice, training: Callable[[], bool]) -> Iterator[None]:
+    """The same for a worker in this process: the first notice in a training is noted, others end the process."""
+
+    def note(number: int, frame: FrameType | None) -> None:
+        again = notice.signal == signal.SIGTERM and number == signal.SIGTERM
+        if again or (number == signal.SIGTERM and not training()):
+            raise Terminated(number)
+        if not training():
+            raise Halted(NOTHING_TO_SAVE, STOPPED)
+        notice.signal = signal.SIGTERM if number == signal.SIGTERM else notice.signal or signal.SIGUSR1
+
+    with _handled(note):
+        yield
+
+
+@contextmanager
+def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 def thread_environment(threads: int, workers: int) -> dict[str, str]:
@@ -131,62 +275,12 @@ def adopt_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if os.getppid() != int(os.environ[PARENT]):  # it ended before the line above
         os.kill(os.getpid(), signal.SIGKILL)
+    show_stacks_on_request()
 
 
-def write_error(log_dir: Path, rank: int, *, kind: str, message: str) -> None:
-    """In a worker: say why it is about to fail.
-
-    Args:
-        log_dir: as given to `run_workers`.
-        rank: its rank.
-        kind: `user` (message is the line to show), `internal`, `peer` (an echo of another worker's end), or `stopped`
-            (on notice, and saved).
-        message: one line.
-    """
-    value = {"kind": kind, "message": message[:1000], "time": time.time()}
-    with open(log_dir / f"error-{rank}.json", "r+b", buffering=0) as file:
-        file.write(json.dumps(value).encode())
-
-
-def _reserve_error_files(log_dir: Path, workers: int) -> None:
-    """Blank files that workers write their reason into: in place, so that it can be told when the disk is full."""
-    for rank in range(workers):
-        (log_dir / f"error-{rank}.json").write_bytes(b" " * 8192)
-
-
-def _explain(failures: dict[int, Any], log_dir: Path) -> RunFailed:
-    """The cause among the workers' ends: the user's error, else who was killed, else the first internal error."""
-    errors = {rank: error for rank in failures if (error := _read_error(log_dir, rank))}
-
-    def first(kind: str) -> int | None:
-        ranks = [rank for rank, error in errors.items() if error["kind"] == kind]
-        return min(ranks, key=lambda rank: errors[rank]["time"], default=None)
-
-    if (rank := first("user")) is not None:
-        return RunFailed(errors[rank]["message"], BAD_INPUT)
-    killed = {rank: -failure.exitcode for rank, failure in failures.items() if failure.exitcode < 0}
-    hard = [rank for rank, number in killed.items() if number != signal.SIGTERM]
-    if not hard and (rank := first("internal")) is not None:
-        return RunFailed(errors[rank]["message"], INTERNAL)
-    # SIGTERM is also how torchrun ends the others, after the cause: failures are in the order they were seen.
-    rank = next(iter(hard or killed), None)
-    if rank is not None:
-        name = signal.Signals(killed[rank]).name
-        why = " (out of memory?)" if killed[rank] == signal.SIGKILL else ""
-        return RunFailed(f"worker {rank} (process {failures[rank].pid}) was ended by {name}{why}", BAD_INPUT)
-    if (rank := first("peer")) is not None:
-        return RunFailed(errors[rank]["message"], INTERNAL)
-    rank = next(iter(failures))
-    message = f"worker {rank} exited with {failures[rank].exitcode}; see {log_dir / f'worker-{rank}.log'}"
-    return RunFailed(message, BAD_INPUT if failures[rank].exitcode == BAD_INPUT else INTERNAL)
-
-
-def _read_error(log_dir: Path, rank: int) -> dict[str, Any] | None:
-    try:
-        value = json.loads((log_dir / f"error-{rank}.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) and {"kind", "message", "time"} <= value.keys() else None
+def show_stacks_on_request() -> None:
+    """Let the watchdog's signal, or `kill -USR2 PID`, write the stacks of this process to its stderr."""
+    faulthandler.register(DUMP, all_threads=True)
 
 
 def last_update(run_dir: Path) -> int | None:
@@ -232,12 +326,12 @@ def _restored_signals() -> Iterator[None]:
 
 @contextmanager
 def raise_on_signals() -> Iterator[None]:
-    """Turn SIGTERM and SIGHUP into `Terminated`, as Python turns SIGINT into KeyboardInterrupt."""
+    """Turn SIGTERM and SIGHUP into `Terminated`, as Python turns SIGINT into KeyboardInterrupt; USR1 into `Halted`."""
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise Terminated(number)
+        raise Halted(NOTHING_TO_SAVE, STOPPED) if number == signal.SIGUSR1 else Terminated(number)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)}
     try:
         yield
     finally:
