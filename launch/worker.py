@@ -172,7 +172,8 @@ def run_stages(run: RunDirectory, *, job: Job, first: int, resume: bool, runners
     """
     logging.captureWarnings(True)
     rank = job.world.rank
-    reporter = Reporter(enabled=rank == 0)
+    # mpirun gives rank 0 a terminal of its own, wherever the output goes: no bar there.
+    reporter = Reporter(enabled=rank == 0, terminal=None if job.mpi is None else False)
     handler = ReporterHandler(reporter)
     package = logging.getLogger("tenko")
     if rank == 0:
