@@ -33,17 +33,20 @@ def meeting_point(environ: Mapping[str, str] = os.environ) -> tuple[str, int]:
         ValueError: not in a job, or a node's name resolves nowhere.
     """
     nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", "")
-    job = environ.get("SLURM_JOB_ID", "")
-    if not nodes or not job.isdigit():
+    if not nodes or "SLURM_JOB_ID" not in environ:
         raise ValueError("SLURM_JOB_ID and SLURM_JOB_NODELIST: not set; this works inside a job of SLURM only")
     names = first_names(nodes)
     address = _address(names[0])
     if len(names) > 1 and _is_loopback(address) and environ.get("SLURM_NODEID", "0") == "0":
         # Debian gives a machine's own name 127.0.1.1: take the address by which it reaches the second node.
         address = interface_to(_address(names[1]))[1]
-    step = environ.get("SLURM_STEP_ID", "")
+    return address, port(int(environ["SLURM_JOB_ID"]), environ.get("SLURM_STEP_ID", ""))
+
+
+def port(job: int, step: str) -> int:
+    """The port of a job's step; of its batch script where the step's number is none."""
     number = int(step) % (STEPS - 1) if step.isdigit() else STEPS - 1
-    return address, FIRST_PORT + (int(job) * STEPS + number) % PORTS
+    return FIRST_PORT + (job * STEPS + number) % PORTS
 
 
 def first_names(nodes: str) -> list[str]:

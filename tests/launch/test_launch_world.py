@@ -46,7 +46,7 @@ def test_a_process_that_nobody_launched_is_alone() -> None:
 
 
 def test_the_world_of_other_launchers_is_exported_as_torchruns() -> None:
-    world = World(launcher="srun", rank=2, size=4, local_rank=0, local_size=2, node=1, nodes=2)
+    world = World(launcher="mpirun", rank=2, size=4, local_rank=0, local_size=2, node=1, nodes=2)
     environ: dict[str, str] = {}
     world.export(environ)
     again = World.detect(environ)
