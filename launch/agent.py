@@ -70,6 +70,11 @@ class Agent(LocalElasticAgent):
         assert isinstance(handler, Rendezvous)
         return handler
 
+    @property
+    def _nodes(self) -> int:
+        """Nodes of this start."""
+        return self._worker_group.group_world_size or 1
+
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         pids = super()._start_workers(worker_group)
         context = self._pcontext
@@ -85,7 +90,7 @@ class Agent(LocalElasticAgent):
         ended = self._ended(worker_group)  # before torch ends the others
         result = super()._monitor_workers(worker_group)
         if result.state == WorkerState.HEALTHY:
-            return self._look_around(worker_group, result)
+            return self._look_around(result)
         if result.state == WorkerState.FAILED:
             codes = {rank: failure.exitcode for rank, failure in result.failures.items()}
             self._crew.end()
@@ -110,25 +115,24 @@ class Agent(LocalElasticAgent):
             kind, message = "exit", f"worker {rank} exited with {code}; see {self._log_dir / f'worker-{rank}.log'}"
         write_error(self._log_dir, rank, kind=kind, message=message)
 
-    def _look_around(self, worker_group: WorkerGroup, result: RunResult) -> RunResult:
+    def _look_around(self, result: RunResult) -> RunResult:
         """Whether the other nodes are there and well, about once a second."""
         if not self._several or time.monotonic() - self._looked < 1.0:
             return result
         self._looked = time.monotonic()
         if (verdict := self._meeting.verdict()) is not None:
             raise verdict
-        nodes = worker_group.group_world_size
-        if self.rendezvous.missing(nodes) <= 0:
+        if self.rendezvous.missing(self._nodes) <= 0:
             return result
-        self._lost = self._name_lost(worker_group)
+        self._lost = self._name_lost()
         logger.warning("%s", self._lost)
         return RunResult(state=WorkerState.UNHEALTHY)
 
-    def _name_lost(self, worker_group: WorkerGroup) -> str:
+    def _name_lost(self) -> str:
         """Which node is gone, by the last beats of its workers."""
         beats = pulse.read_all(self._log_dir)
         present = self.rendezvous.ranks_present()
-        lost = [beat for beat in beats if beat.node not in present and beat.node < worker_group.group_world_size]
+        lost = [beat for beat in beats if beat.node not in present and beat.node < self._nodes]
         ranks = ", ".join(str(beat.rank) for beat in lost)
         hosts = ", ".join(dict.fromkeys(beat.host for beat in lost)) or "a node"
         workers = f" (worker {ranks})" if ranks else ""
@@ -148,15 +152,14 @@ class Agent(LocalElasticAgent):
         return failure.as_error(several=self._several)
 
     def _first_cause(self, patience: float) -> Failure | None:
-        group = self._worker_group
         deadline = time.monotonic() + (patience if self._several else 0)
         while True:
             failure = first_cause(read_all(self._log_dir, self.rendezvous.round))
             echo = failure is None or failure.kind in ("peer", "ended")
             if not echo or self._lost or time.monotonic() > deadline:
                 return failure
-            if self.rendezvous.missing(group.group_world_size) > 0:
-                self._lost = self._name_lost(group)
+            if self._several and self.rendezvous.missing(self._nodes) > 0:
+                self._lost = self._name_lost()
             time.sleep(0.1)
 
     def _restart_workers(self, worker_group: WorkerGroup) -> None:

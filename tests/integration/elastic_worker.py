@@ -1,0 +1,103 @@
+"""A worker whose training is a sum over ranks, for tests of what befalls workers: no model, the real launcher.
+
+Each update adds one and the same number whatever the number of ranks is, so every run of a recipe ends with the same
+weights. FAULT=KIND:RANK:UPDATE says what befalls which rank in which update, once a run directory; FAULT=KIND:RANK:
+UPDATE:always, in every start.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from tenko.launch import worker
+from tenko.launch.errors import Stopped
+from tenko.launch.files import write_json_atomic, write_text_atomic
+from tenko.launch.pulse import IDLE, SAVE, UPDATE
+from tenko.launch.rundir import StageContext
+
+SAVE_EVERY = 5
+ITEMS = 12
+
+
+def train(context: StageContext) -> None:
+    import torch
+    import torch.distributed as dist
+
+    job = context.job
+    job.init_group()
+    rank, size = job.world.rank, job.world.size
+    done = sorted(context.checkpoints.glob("update-*")) if context.resume else []
+    start, weights = (int(done[-1].name[7:]), float(done[-1].read_text())) if done else (0, 0.0)
+    total = context.stage.config.max_update
+    context.checkpoints.mkdir(parents=True, exist_ok=True)
+    context.reporter.log(f"world {size} from {start}")
+    job.notice.begin()
+    job.pulse.update(start)
+    for update in range(start + 1, total + 1):
+        job.pulse.phase(UPDATE)
+        befall(context, rank, update)
+        mine = sum((item + 1) * update % 7 for item in range(rank, ITEMS, size))
+        value = torch.tensor([float(mine)], dtype=torch.float64)
+        if size > 1:
+            dist.all_reduce(value)
+        weights = (weights * 31 + value.item()) % 1_000_003
+        time.sleep(float(os.environ.get("PACE", "0.05")))
+        job.pulse.update(update)
+        stop = update < total and job.notice.due(update)
+        if update % SAVE_EVERY == 0 or stop:
+            job.pulse.phase(SAVE)
+            if rank == 0:
+                write_text_atomic(context.checkpoints / f"update-{update:08d}", str(weights))
+        if stop:
+            raise Stopped(update)
+    job.pulse.phase(IDLE)
+    if size > 1:
+        dist.barrier()
+    if rank == 0:
+        write_json_atomic(
+            context.result_path,
+            {"stage": "train", "weights": weights, "world": size, "interface": os.environ.get("GLOO_SOCKET_IFNAME")},
+        )
+
+
+def befall(context: StageContext, rank: int, update: int) -> None:
+    kind, *where = os.environ.get("FAULT", "").split(":")
+    if not kind or [rank, update] != [int(where[0]), int(where[1])]:
+        return
+    mark = context.run_dir / "fault"
+    if mark.exists() and "always" not in where:
+        return
+    mark.write_text(json.dumps({"time": time.time(), "pid": os.getpid()}))
+    if kind == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif kind == "kill-node":
+        os.kill(os.getppid(), signal.SIGKILL)
+    elif kind == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif kind == "sleep":
+        time.sleep(600)
+    elif kind == "value":
+        raise ValueError("data.train: the corpus is empty")
+    elif kind == "internal":
+        raise KeyError("a surprise")
+    elif kind == "memory":
+        raise MemoryError("no room for the batch")
+    elif kind == "wait":
+        time.sleep(float(os.environ["WAIT"]))
+    else:
+        raise AssertionError(kind)
+
+
+def quantize(context: StageContext) -> None:
+    if context.job.world.rank == 0:
+        write_json_atomic(context.result_path, {"stage": "quantize"})
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent))
+    worker.main(runners={"train": train, "quantize": quantize})
