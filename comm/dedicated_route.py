@@ -21,6 +21,9 @@ from .dedicated import DedicatedServer
 from .mpi_link import Link
 from .route import Route
 
+_FOR_EVER = 1e9
+"""Seconds."""
+
 
 class DedicatedRoute(Route):
     """Gradients to dedicated servers, weights back; one a training.
@@ -33,9 +36,12 @@ class DedicatedRoute(Route):
         link: to the servers; they stay for the next training.
         seed: of the stochastic rounding.
         clip_norm: the servers scale the mean gradient down to it; 0 does not.
+        worker_timeout: seconds that the other workers wait for one that pushes nothing; 0 for ever.
     """
 
-    def __init__(self, config: CommConfig, link: Link, *, seed: int, clip_norm: float) -> None:
+    def __init__(
+        self, config: CommConfig, link: Link, *, seed: int, clip_norm: float, worker_timeout: float = 0.0
+    ) -> None:
         super().__init__()
         self._link = link
         self._server: DedicatedServer | None = None
@@ -48,6 +54,7 @@ class DedicatedRoute(Route):
             "staleness": config.staleness,
             "clip_norm": clip_norm,
             "seed": seed,
+            "worker_timeout": worker_timeout or _FOR_EVER,
         }
         self.staleness = config.staleness
         self.rank, self.world_size = link.workers.index(link.rank), len(link.workers)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from tenko.nmt.config import DecodeConfig
 
 from .errors import BAD_INPUT, INTERNAL, Halted, RunFailed, Stopped, internal, is_users, one_line
+from .mpi_env import check_servers
 from .nodes import Nodes
 from .recipe import Recipe, decode_config, load, to_dict
 from .rundir import LOGS, REPORT, RunDirectory, RunLock, first_difference, is_shared
@@ -68,10 +69,12 @@ def run(
     """
     recipe = load(recipe_path, overrides)
     directory = run_dir or Path("runs") / recipe.name
-    if not nodes.several and max_restarts is None and World.detect().size > 1:  # inside a torchrun or srun: a worker
-        from .worker import main
+    world = World.detect()
+    if not nodes.several and max_restarts is None and (world.size > 1 or world.launcher == "mpirun"):
+        from .worker import main  # inside a torchrun, srun or mpirun: a worker
 
         main([recipe_path, *overrides, "--run-dir", str(directory)])
+    check_servers(recipe.comm, None)
     restarts = max_restarts if max_restarts is not None else RESTARTS if nodes.several else 0
     with raise_on_signals():
         if nodes.several:

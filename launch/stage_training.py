@@ -143,7 +143,10 @@ def _distribute(
     """DDP with the recipe's route; a single process, and workers of dedicated servers, keep the module as it is."""
     mpi, comm = context.job.mpi, context.recipe.comm
     if mpi is not None and comm.servers == "dedicated":
-        return module, DedicatedRoute(comm, mpi.link, seed=context.recipe.seed, clip_norm=config.clip_norm)
+        recipe = context.recipe
+        return module, DedicatedRoute(
+            comm, mpi.link, seed=recipe.seed, clip_norm=config.clip_norm, worker_timeout=recipe.hang_timeout
+        )
     if distributed.world_size() == 1:
         return module, None
     wrapped = accelerator.prepare(module)

@@ -113,6 +113,13 @@ def test_one_rank_alone_is_its_own_server() -> None:
         ({"split": (SplitRule(route="fp32"),)}, "split: needs route: split"),
         ({"route": "server", "levels": "node"}, "levels: node goes with route: all_reduce only"),
         ({"shared_scale": True, "levels": "node"}, "shared_scale: not together"),
+        ({"servers": "dedicated"}, "servers: dedicated goes with route: server only"),
+        ({"route": "server", "staleness": 2}, "staleness: 2 goes with servers: dedicated only"),
+        ({"route": "server", "servers": "dedicated", "staleness": -1}, "staleness: must be at least 0"),
+        (
+            {"route": "server", "servers": "dedicated", "weights": "delta"},
+            "weights: must be laq with servers: dedicated",
+        ),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], line: str) -> None:
