@@ -324,6 +324,64 @@ def watch(
     show(run_dir, once=once, interval=interval)
 
 
+bench_app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Measure what trains faster, and by how much."
+)
+app.add_typer(bench_app, name="bench")
+
+
+@bench_app.callback()
+def _bench_options() -> None:
+    """Keeps `bench` a group while it has one command."""
+
+
+@bench_app.command(short_help="Scaling Neural Machine Translation, row by row.")
+def scaling(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Settings of all rows, over the recipe's.", show_default=False),
+    ] = None,
+    full: Annotated[
+        bool, typer.Option("--full/--small", help="The paper's sizes on GPUs, or small ones on CPUs.")
+    ] = False,
+    row: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="Run only this row, for instance 16-bit; may be repeated.", show_default="all"
+        ),
+    ] = None,
+    ranks: Annotated[
+        tuple[int, int] | None,
+        typer.Option(min=1, help="Compare tokens/s of two numbers of workers instead.", show_default=False),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="With --ranks: turns, of which medians are taken.")] = 3,
+    updates: Annotated[
+        int | None,
+        typer.Option(min=2, help="Updates of the first row.", show_default="the recipe's; small 320, ranks 40"),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="With --full: GPUs of a machine.", show_default="all that are here")
+    ] = None,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the runs and the table.")] = Path("runs/scaling"),
+) -> None:
+    """The ablation of Ott et al. 2018, row by row: fp32, 16-bit, accumulation, learning rate, batches, nodes, overlap.
+
+    Each row is a `tenko run scaling` in a folder of its own; the same command goes on where it was cut, and finished
+    rows are not done again.
+
+    \b
+    tenko bench scaling
+    tenko bench scaling --full data.train=corpus.tsv.xz --out runs/ott
+    tenko bench scaling --ranks 1 2
+    """
+    from . import bench_scaling as bench
+
+    if ranks is not None:
+        bench.bench_ranks(overrides or [], ranks=ranks, rounds=rounds, updates=updates, out=out)
+    else:
+        bench.bench(overrides or [], full=full, rows=row or [], updates=updates, workers=workers, out=out)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Entry point. Errors are one line on stderr; exit codes are those of `errors.py`."""
     try:
