@@ -19,7 +19,7 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing import LogsSpecs
 
 from . import pulse
-from .errors import BAD_INPUT, RunFailed
+from .errors import BAD_INPUT, STOPPED, RunFailed
 from .failures import Failure, first_cause, read_all, write_error
 from .rendezvous import SILENCE_SECONDS, Meeting, Rendezvous
 from .watchdog import Crew
@@ -146,7 +146,7 @@ class Agent(LocalElasticAgent):
         """
         failure = self._first_cause(patience)
         if self._lost and (failure is None or failure.kind in ("peer", "ended")):
-            return RunFailed(self._lost, BAD_INPUT)
+            return RunFailed(self._lost, STOPPED)  # nobody's mistake
         if failure is None:
             return RunFailed(f"workers ended without a word; see {self._log_dir}", BAD_INPUT)
         return failure.as_error(several=self._several)
