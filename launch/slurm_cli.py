@@ -65,6 +65,10 @@ def slurm(
     max_requeues: Annotated[
         int, typer.Option(min=0, help="How often a job that failed (exit 2 excepted) is put into the queue again.")
     ] = 3,
+    interface: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Network interface between nodes.", show_default="that to the first node"),
+    ] = None,
     options: Annotated[
         list[str] | None,
         typer.Option("--sbatch", metavar="OPTION", help="Another option of sbatch: --sbatch=--qos=low. Repeatable."),
@@ -102,6 +106,7 @@ def slurm(
         notice=notice,
         max_restarts=max_restarts,
         max_requeues=max_requeues,
+        interface=interface,
         options=tuple(options or ()),
         template=template,
     )

@@ -21,6 +21,7 @@ VALUES = {
     "run": "the run directory",
     "notice": "seconds ahead of the time limit that the notice comes",
     "max_requeues": "how often a failed job is started again",
+    "interface": "the network interface between nodes, or nothing",
     "command": "the srun line",
     "test": "the test set",
     "then": "what follows the training",
@@ -66,6 +67,8 @@ class Request:
     """How often `tenko run` starts lost workers anew within the job."""
     max_requeues: int = 3
     """How often a job that failed, not by the user's error, is put into the queue again."""
+    interface: str | None = None
+    """The network interface between nodes; None: the one that leads to the first."""
     options: tuple[str, ...] = ()
     """More options of sbatch, for instance --qos=low."""
     template: Path | None = None
@@ -166,7 +169,10 @@ def _command(request: Request) -> str:
             "# One task a worker: SLURM starts them all.\n"
             'srun --wait=30 "$PYTHON" -m tenko.launch.worker --run-dir "$RUN"'
         )
-    many = '--nodes "$SLURM_NNODES" --rendezvous "$("$PYTHON" -m tenko.launch.slurm_env)" '
+    many = (
+        '--nodes "$SLURM_NNODES" --rendezvous "$("$PYTHON" -m tenko.launch.slurm_env)" '
+        '${INTERFACE:+--interface "$INTERFACE"} '
+    )
     return (
         "# One task a node: tenko (torchrun's agent) starts the workers of its node, and anew when one is lost.\n"
         'srun --wait=30 "$PYTHON" -m tenko.launch.cli run "$RUN/config.yaml" --run-dir "$RUN" \\\n'
@@ -188,6 +194,7 @@ def _fill(template: str, request: Request, options: list[str], command: str = ""
         "run": f'{run}-seed"$SLURM_ARRAY_TASK_ID"' if request.seeds else run,
         "notice": str(request.notice),
         "max_requeues": str(request.max_requeues),
+        "interface": shlex.quote(request.interface) if request.interface else "",
         "command": command,
         "test": shlex.quote(str(request.test.absolute())) if request.test else "",
         "then": shlex.quote(" ".join(request.then)),
