@@ -32,6 +32,7 @@ INTERFACE = "TENKO_INTERFACE"
 """Environment variable: the network interface that workers reach each other by."""
 _RANKS = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK")
 """A rank's number among all, servers included, as Open MPI, srun --mpi=pmix, and MPICH say it."""
+_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 HEARD_SECONDS = 2.0
 """How long another rank gives the one that failed first to say why, and to end them all."""
 
@@ -76,6 +77,9 @@ class Mpi:
         ranks = MPI.COMM_WORLD.Get_group().Incl(link.workers)
         workers = MPI.COMM_WORLD.Create_group(ranks)
         world = _world(MPI, workers)
+        for name in _SIZES:  # accelerate reads these: servers are not of its world
+            if name in os.environ:
+                os.environ[name] = str(world.size)
         listener = None
         if name := os.environ.get(INTERFACE):
             address_of(name)
