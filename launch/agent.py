@@ -30,8 +30,8 @@ SHUTDOWN_SECONDS = 5
 """How long workers may take to end before they are killed; they end at once unless stuck in the kernel."""
 EXIT_SECONDS = 300
 """How long an agent whose workers are done waits for those of other nodes."""
-_ECHO_SECONDS = 3.0
-"""How long a broken connection is not the cause yet: another node may be about to tell."""
+ECHO_SECONDS = SILENCE_SECONDS + 2.0
+"""How long a broken connection is not the cause yet: another node may be about to tell, or be found lost."""
 
 
 class Agent(LocalElasticAgent):
@@ -138,7 +138,7 @@ class Agent(LocalElasticAgent):
         workers = f" (worker {ranks})" if ranks else ""
         return f"{hosts}{workers} is lost: no sign of life for {SILENCE_SECONDS} s"
 
-    def cause(self, patience: float = _ECHO_SECONDS) -> RunFailed:
+    def cause(self, patience: float = ECHO_SECONDS) -> RunFailed:
         """Why the workers of this start ended, as one line; waits a little for the other nodes to tell theirs.
 
         Args:
@@ -168,7 +168,7 @@ class Agent(LocalElasticAgent):
             self._say("a node joins or leaves: all workers start anew")
         else:
             super()._stop_workers(worker_group)
-            self._refuse_in_vain(self._first_cause(_ECHO_SECONDS))
+            self._refuse_in_vain(self._first_cause(ECHO_SECONDS))
             number = worker_group.spec.max_restarts - self._remaining_restarts
             error = self.cause(0.0)
             self._say(f"{error}; starts anew ({number} of {worker_group.spec.max_restarts})")

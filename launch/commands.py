@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from tenko.nmt.config import DecodeConfig
 
-from .errors import BAD_INPUT, INTERNAL, Halted, RunFailed, Stopped, internal, is_users, one_line
+from .errors import BAD_INPUT, INTERNAL, Halted, NotBegun, RunFailed, Stopped, internal, is_users, one_line
 from .mpi_env import check_servers
 from .nodes import Nodes
 from .recipe import Recipe, decode_config, load, to_dict
@@ -117,7 +117,7 @@ def _run_workers(state: RunDirectory, meeting: Meeting, restarts: int) -> None:
             hang_timeout=state.recipe.hang_timeout,
             say=lambda line: print(f"tenko: {line}", flush=True),
         )
-    except Halted:
+    except (Halted, NotBegun):
         raise
     except RunFailed as error:
         raise RunFailed(f"{error}; {going_on(directory)}", error.code) from None
@@ -144,7 +144,7 @@ def _run_on_nodes(recipe: Recipe, directory: Path, nodes: Nodes, restarts: int) 
                 state = _joined(recipe, directory, meeting)
                 print(f"{directory}: joins {nodes.host}:{nodes.port}, {_workers(recipe)}", flush=True)
         except (ValueError, OSError) as error:
-            raise meeting.fail(RunFailed(one_line(error), BAD_INPUT)) from None
+            raise meeting.refuse(RunFailed(one_line(error), BAD_INPUT)) from None
         _run_workers(state, meeting, restarts)
         if meeting.is_host:
             _print_outcome(state)

@@ -35,6 +35,10 @@ class Halted(RunFailed):
     """A run was stopped on notice: no error."""
 
 
+class NotBegun(RunFailed):
+    """The nodes of a run did not come together: there is nothing to go on with."""
+
+
 class Terminated(BaseException):
     """A signal asked this process to end (SIGTERM, SIGHUP); like KeyboardInterrupt no `except Exception` stops it."""
 

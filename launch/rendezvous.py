@@ -14,11 +14,13 @@ import json
 import os
 import socket
 import time
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
 from torch.distributed import Store, TCPStore
 from torch.distributed.elastic.rendezvous import (
+    RendezvousError,
     RendezvousHandler,
     RendezvousInfo,
     RendezvousParameters,
@@ -112,6 +114,13 @@ class Meeting:
             return error
         message, code = json.loads(found)
         return RunFailed(message, code)
+
+    def refuse(self, error: RunFailed) -> RunFailed:
+        """The same before this node has joined: those that wait for it are told."""
+        found = self.fail(error)
+        with suppress(RendezvousError):
+            Rendezvous(self).set_closed()
+        return found
 
     def verdict(self) -> RunFailed | None:
         """What a node has ended the run with."""
@@ -208,8 +217,11 @@ class Rendezvous(RendezvousHandler):
         return RendezvousInfo(info.store, info.rank, info.world_size, where)
 
     def missing(self, nodes: int) -> int:
-        """How many of this round's nodes are lost."""
-        self._inner.num_nodes_waiting()  # looks at the store, once a second at most
+        """How many of this round's nodes are lost, as far as this one hears."""
+        try:
+            self._inner.num_nodes_waiting()  # looks at the store, once a second at most
+        except RendezvousError:
+            return 0
         state = self._inner._state_holder.state
         return nodes - len(state.participants) if state.complete else 0
 

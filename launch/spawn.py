@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from .errors import BAD_INPUT, STOPPED, Halted, RunFailed, Terminated
+from .errors import BAD_INPUT, STOPPED, Halted, NotBegun, RunFailed, Terminated
 from .failures import STOPPED as SAID_STOPPED
 from .failures import read_all, reserve, tidy, write_error
 from .nodes import Nodes
@@ -120,7 +120,7 @@ def run_workers(
         try:
             result = agent.run()
             if result is None or result.is_failed():
-                raise agent.cause(patience=12.0)
+                raise agent.cause()
         except SignalException as error:
             number = int(error.sigval)
             raise (KeyboardInterrupt if number == signal.SIGINT else Terminated(number)) from None
@@ -140,19 +140,21 @@ def _explained(error: Exception, agent: Agent, meeting: Meeting, crew: Crew) -> 
     from torch.distributed.elastic.rendezvous import RendezvousTimeoutError
 
     nodes, place = meeting.nodes, f"{meeting.nodes.host}:{meeting.port}"
-    if (verdict := meeting.verdict()) is not None:
+    verdict = meeting.verdict()
+    if agent.rendezvous.round < 0:
+        if verdict is None and isinstance(error, RendezvousTimeoutError):
+            there = agent.rendezvous.nodes_present()
+            ending = f"{there} of {nodes.least} nodes came to {place} within {nodes.join_seconds:g} s"
+            verdict = meeting.fail(RunFailed(f"--rendezvous: {ending}", BAD_INPUT))
+        if verdict is None:
+            verdict = RunFailed(f"--rendezvous: the run at {place} has ended meanwhile", BAD_INPUT)
+        return NotBegun(str(verdict), verdict.code)
+    if verdict is not None:
         return verdict
     if crew.stopping is not None:
         return Halted(NOTHING_TO_SAVE, crew.code)
     if isinstance(error, RunFailed):
         return meeting.fail(error)
-    if agent.rendezvous.round < 0:
-        if isinstance(error, RendezvousTimeoutError):
-            there = agent.rendezvous.nodes_present()
-            ending = f"{there} of {nodes.least} nodes came to {place} within {nodes.join_seconds:g} s"
-        else:
-            ending = f"the run at {place} has ended meanwhile"
-        return meeting.fail(RunFailed(f"--rendezvous: {ending}", BAD_INPUT))
     cause = agent.cause(patience=3.0)
     if isinstance(error, RendezvousTimeoutError):
         there = agent.rendezvous.nodes_present()
