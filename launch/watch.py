@@ -65,7 +65,8 @@ def watch(run_dir: Path, *, once: bool, interval: float) -> None:
 def frame(view: RunView) -> RenderableType:
     """One picture of a run."""
     recipe = view.recipe
-    workers = "1 worker" if recipe.workers == 1 else f"{recipe.workers} workers"
+    count, nodes = len(view.beats) or recipe.workers, len({beat.node for beat in view.beats})
+    workers = ("1 worker" if count == 1 else f"{count} workers") + (f" on {nodes} nodes" if nodes > 1 else "")
     head = Text.assemble((view.state, _COLOURS.get(view.state, "")), f"  {view.detail}")
     about = Text(f"{view.path}: {recipe.name}, {recipe.direction}, {workers}", "dim")
     parts: list[RenderableType] = [head, about, Text(), _stages(view)]

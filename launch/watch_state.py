@@ -281,7 +281,7 @@ class Holder:
     """Who holds a run's lock, as far as this machine can tell."""
 
     name: str
-    """As the lock file says."""
+    """For instance `process 4711 on node1`."""
     seen: bool
     """Whether the kernel of this machine knows the lock; otherwise it is another machine's, or it was killed."""
 
@@ -293,8 +293,8 @@ def lock_holder(path: Path) -> Holder | None:
             text, found = file.read(256).decode(errors="replace"), os.fstat(file.fileno())
     except OSError:
         return None
-    name = " ".join(text.split())
-    name = f"process {name}" if name.isdigit() else name
+    process, host, *_ = [*text.split(), "", ""]
+    name = f"process {process}" + (f" on {host}" if host else "")
     device = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
     try:
         locks = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
@@ -303,4 +303,4 @@ def lock_holder(path: Path) -> Holder | None:
         seen = False
     if seen:
         return Holder(name, True)
-    return Holder(name, False) if name and socket.gethostname() not in name else None
+    return Holder(name, False) if process and host != socket.gethostname() else None

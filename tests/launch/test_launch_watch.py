@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,7 +19,10 @@ from rich.console import Console
 
 from tenko.launch import watch_state
 from tenko.launch.metrics import read_metrics
-from tenko.launch.watch import duration, frame, sparkline
+from tenko.launch.pulse import UPDATE, Pulse, path_of
+from tenko.launch.recipe import load
+from tenko.launch.rundir import LOCK, LOGS, RunDirectory, RunLock
+from tenko.launch.watch import RANKS, duration, frame, sparkline
 from tenko.launch.watch_state import RunView, Tail, Watcher, lock_holder
 from tests.integration.tenko_run import environment, finish, run_arguments, start, tenko, workers
 
@@ -188,8 +192,6 @@ def test_a_tail_reads_what_was_appended_and_begins_a_replaced_file_anew(tmp_path
 
 
 def test_a_lock_is_seen_without_touching_it(tmp_path: Path) -> None:
-    from tenko.launch.rundir import RunLock
-
     assert lock_holder(tmp_path / "run") is None
     with RunLock(tmp_path / "run"):
         holder = lock_holder(tmp_path / "run")
@@ -197,6 +199,28 @@ def test_a_lock_is_seen_without_touching_it(tmp_path: Path) -> None:
         assert holder.seen
         assert str(os.getpid()) in holder.name
     assert lock_holder(tmp_path / "run") is None
+
+
+def test_a_run_of_another_machine_is_told_by_its_signs_of_life(tmp_path: Path) -> None:
+    with RunLock(tmp_path):
+        run = RunDirectory.create(tmp_path, load("tiny"))
+    (tmp_path / LOCK).write_text("4711 elsewhere 0123456789abcdef\n")
+    assert Watcher(run.path).look().state == "not running", "no sign of life"
+    logs = tmp_path / LOGS
+    logs.mkdir()
+    for rank in range(20):
+        pulse = Pulse(path_of(logs, rank), rank=rank, node=rank // 10)
+        pulse.phase(UPDATE)
+        pulse.update(7)
+        pulse.close()
+    view = Watcher(run.path).look()
+    assert (view.state, view.detail) == ("running", "process 4711 on elsewhere")
+    text = picture(view)
+    assert "20 workers on 2 nodes" in text
+    assert len(re.findall(r"update +7 +\d+\.\d s ago", text)) == RANKS
+    assert "and 4 that were heard of since" in text
+    (tmp_path / LOCK).write_text(f"4711 {socket.gethostname()} 0123456789abcdef\n")
+    assert Watcher(run.path).look().state == "not running", "killed: the lock of this machine is free"
 
 
 def test_sparklines_and_durations() -> None:
@@ -208,9 +232,6 @@ def test_sparklines_and_durations() -> None:
 
 
 def test_damaged_lines_of_metrics_do_not_end_the_watch(tmp_path: Path, small_tsv: Path) -> None:
-    from tenko.launch.recipe import load
-    from tenko.launch.rundir import RunDirectory, RunLock
-
     with RunLock(tmp_path / "run"):
         run = RunDirectory.create(tmp_path / "run", load("tiny"))
     stage = run.stage_directory(0)
