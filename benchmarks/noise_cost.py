@@ -42,7 +42,7 @@ LINES: dict[str, dict[str, Any] | None] = {
 class RandomSentences:
     """A stream of one batch an update: sentences of 25 tokens, random words."""
 
-    rank, world, batches_per_epoch = 0, 1, 1000
+    rank, world, micro_batches, batches_per_epoch = 0, 1, 1, 1000
 
     def __init__(self, vocabulary: int, tokens: int) -> None:
         self.vocabulary, self.tokens = vocabulary, tokens

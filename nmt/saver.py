@@ -94,6 +94,11 @@ class Saver:
         self._thread = threading.Thread(target=self._run, args=(copies, copied, then), name="tenko-save", daemon=True)
         self._thread.start()
 
+    @property
+    def busy(self) -> bool:
+        """Whether a save is in flight."""
+        return self._thread is not None and self._thread.is_alive()
+
     def check(self) -> None:
         """Raise what a save has failed with, on the rank where it did; an OSError names the checkpoint."""
         if self._failure is not None:
