@@ -89,8 +89,8 @@ class Mpi:
             if world.rank == 0:
                 listener = socket.create_server((_address(world, hosts), 0), backlog=world.size)
             place = listener.getsockname()[:2] if listener is not None else None
-            host, port = _from_rank0(MPI, workers, place)
-            os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = host, str(port)
+            met = _from_rank0(MPI, workers, place)
+            os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = met[0], str(met[1])
             if world.nodes == 1:
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         return cls(world=world, link=link, listener=listener)

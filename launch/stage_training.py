@@ -144,8 +144,10 @@ def _distribute(
     mpi, comm = context.job.mpi, context.recipe.comm
     if mpi is not None and comm.servers == "dedicated":
         recipe = context.recipe
+        # A worker that hangs is for the watchdog, which has the stacks written; this is for one that it cannot reach.
+        worker_timeout = recipe.hang_timeout and recipe.hang_timeout + 60
         return module, DedicatedRoute(
-            comm, mpi.link, seed=recipe.seed, clip_norm=config.clip_norm, worker_timeout=recipe.hang_timeout
+            comm, mpi.link, seed=recipe.seed, clip_norm=config.clip_norm, worker_timeout=worker_timeout
         )
     if distributed.world_size() == 1:
         return module, None

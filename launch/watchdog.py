@@ -119,14 +119,13 @@ class Watchdog:
         number = 0 if beat is None else beat.update + 1
         message = f"worker {rank} (process {pid}) hangs in update {number}, no progress for {seconds:.0f} s"
         message += f" ({doing})" if doing else ""
-        write_error(
-            self._log_dir,
-            rank,
-            kind="hung" if culprits else "waits",
-            message=f"{message}; stacks in {self._log_dir}/worker-*.log",
-        )
+        kind = "hung" if culprits else "waits"
+        self._report(rank, kind, f"{message}; stacks in {self._log_dir}/worker-*.log")
         os.kill(pid, signal.SIGKILL)
         self._over.wait(5.0)
+
+    def _report(self, rank: int, kind: str, message: str) -> None:
+        write_error(self._log_dir, rank, kind=kind, message=message)
 
     def _beats(self, rank: int) -> int:
         beat = pulse.read(pulse.path_of(self._log_dir, rank))

@@ -37,6 +37,7 @@ from .errors import (
     one_line,
 )
 from .job import Job
+from .peers import PeersWatchdog
 from .progress import Reporter, ReporterHandler
 from .recipe import load
 from .rundir import LOGS, REPORT, RunDirectory, RunLock, StageContext
@@ -94,6 +95,7 @@ def _spawned(run_dir: Path, runners: Runners | None) -> NoReturn:
 def _standalone(arguments: argparse.Namespace, runners: Runners | None) -> NoReturn:
     """Under a torchrun, srun, mpirun or shell of the user's own."""
     code, mpi, log = 0, None, None
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # one line tells why a run ends, not a stack of C++
     try:
         with ExitStack() as stack:
             stack.enter_context(raise_on_signals())
@@ -124,6 +126,8 @@ def _standalone(arguments: argparse.Namespace, runners: Runners | None) -> NoRet
             ends_at_once = None if world.launcher == "srun" else os.getppid()
             listen = world.launcher != "alone"
             job = Job.join(world, run_dir / LOGS, mpi=mpi, listen=listen, ends_at_once=ends_at_once)
+            if listen:
+                stack.enter_context(PeersWatchdog(job, run_dir / LOGS, recipe.hang_timeout))
             job.check_agreement(recipe)
             first, resume = agree(run, job)
             run_stages(run, job=job, first=first, resume=resume, runners=runners)
