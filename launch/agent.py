@@ -126,7 +126,7 @@ class Agent(LocalElasticAgent):
             return result
         self._lost = self._name_lost()
         logger.warning("%s", self._lost)
-        return RunResult(state=WorkerState.UNHEALTHY)
+        return RunResult(state=WorkerState.FAILED)
 
     def _name_lost(self) -> str:
         """Which node is gone, by the last beats of its workers."""

@@ -13,6 +13,7 @@ import errno
 import json
 import os
 import socket
+import threading
 import time
 from contextlib import suppress
 from datetime import timedelta
@@ -165,7 +166,25 @@ class Meeting:
         return store
 
     def _open(self, timeout: timedelta, **settings: Any) -> Store:
-        return TCPStore(self._address, self.port, wait_for_workers=False, timeout=timeout, **settings)
+        """In a thread: what takes a connection but is no store would keep torch waiting for ever."""
+        opened: list[Store] = []
+        failed: list[RuntimeError] = []
+
+        def try_it() -> None:
+            try:
+                store = TCPStore(self._address, self.port, wait_for_workers=False, timeout=timeout, **settings)
+                opened.append(store)
+            except RuntimeError as error:
+                failed.append(error)
+
+        thread = threading.Thread(target=try_it, name="tenko meeting", daemon=True)
+        thread.start()
+        thread.join(timeout.total_seconds() + 5.0)
+        if failed:
+            raise failed[0]
+        if not opened:
+            raise TimeoutError
+        return opened[0]
 
     @property
     def _address(self) -> str:

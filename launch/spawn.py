@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from .errors import BAD_INPUT, STOPPED, Halted, NotBegun, RunFailed, Terminated
 from .failures import STOPPED as SAID_STOPPED
-from .failures import read_all, reserve, tidy, write_error
+from .failures import read_all, reserve, tidy
 from .nodes import Nodes
 from .notice import SIGNALS, Notice
 from .watchdog import DUMP, Crew, Watchdog
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 
     from .agent import Agent
     from .rendezvous import Meeting
-
-__all__ = ["PARENT", "adopt_parent", "limit_threads", "raise_on_signals", "run_workers", "write_error"]
 
 PARENT = "TENKO_PARENT"
 """Environment variable by which a worker knows that it was started here: the parent's process id."""
@@ -137,7 +135,7 @@ def run_workers(
 
 def _explained(error: Exception, agent: Agent, meeting: Meeting, crew: Crew) -> RunFailed:
     """The run's end as one line, the same on all nodes as far as they hear of one another."""
-    from torch.distributed.elastic.rendezvous import RendezvousTimeoutError
+    from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousTimeoutError
 
     nodes, place = meeting.nodes, f"{meeting.nodes.host}:{meeting.port}"
     verdict = meeting.verdict()
@@ -155,11 +153,14 @@ def _explained(error: Exception, agent: Agent, meeting: Meeting, crew: Crew) -> 
         return Halted(NOTHING_TO_SAVE, crew.code)
     if isinstance(error, RunFailed):
         return meeting.fail(error)
-    cause = agent.cause(patience=3.0)
+    cause = agent.cause(patience=0.0)
     if isinstance(error, RendezvousTimeoutError):
         there = agent.rendezvous.nodes_present()
         return meeting.fail(RunFailed(f"{cause}; {there} of the {nodes.least} nodes it needs are left", cause.code))
-    return RunFailed(f"{cause}; {place} does not answer any more", cause.code)
+    if isinstance(error, RendezvousConnectionError):
+        here = f"{nodes.address} is cut off from {place}, or the run there is gone"
+        return RunFailed(here, STOPPED)  # nobody's mistake
+    return cause
 
 
 def _logs_specs(log_dir: Path) -> LogsSpecs:

@@ -36,12 +36,14 @@ from .errors import (
     is_users,
     one_line,
 )
+from .failures import STOPPED as SAID_STOPPED
+from .failures import write_error
 from .job import Job
 from .peers import PeersWatchdog
 from .progress import Reporter, ReporterHandler
 from .recipe import load
 from .rundir import LOGS, REPORT, RunDirectory, RunLock, StageContext
-from .spawn import PARENT, adopt_parent, limit_threads, raise_on_signals, write_error
+from .spawn import PARENT, adopt_parent, limit_threads, raise_on_signals
 from .world import World
 
 Runners = Mapping[str, Callable[[StageContext], None]]
@@ -81,12 +83,15 @@ def _spawned(run_dir: Path, runners: Runners | None) -> NoReturn:
         run_stages(run, job=job, first=first, resume=resume, runners=runners)
         _leave_group()
     except Stopped as error:  # no failure: torchrun shall not start it anew
-        write_error(log_dir, rank, kind="stopped", message=str(error))
+        write_error(log_dir, rank, kind=SAID_STOPPED, message=str(error))
     except BaseException as error:  # whatever it is, the parent shall say it in one line
         log = log_dir / f"worker-{rank}.log"
         code = BAD_INPUT if is_users(error) else INTERNAL
         kind = "user" if is_users(error) else "peer" if is_lost_peer(error) else "internal"
-        write_error(log_dir, rank, kind=kind, message=one_line(error) if kind == "user" else internal(error, log))
+        message = one_line(error) if kind == "user" else internal(error, log)
+        if kind == "peer":
+            message = f"worker {rank} lost the connection to another; see {log}"
+        write_error(log_dir, rank, kind=kind, message=message)
         with suppress(OSError):  # the disk may be full
             traceback.print_exc()
     _end(code)

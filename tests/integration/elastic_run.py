@@ -17,7 +17,9 @@ from tenko.launch import pulse
 HERE = Path(__file__).parent
 DRIVER = """
 import functools
-from tenko.launch import cli, commands
+from elastic_worker import RUNNERS
+from tenko.launch import cli, commands, worker
+worker.run_stages = functools.partial(worker.run_stages, runners=RUNNERS)
 commands.run_workers = functools.partial(commands.run_workers, module="elastic_worker")
 cli.main()
 """
@@ -55,7 +57,9 @@ class Run:
         path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
         return {**kept, "PYTHONPATH": path, "FAULT": fault, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **more}
 
-    def start(self, *options: str, fault: str = "", directory: Path | None = None, **more: Any) -> subprocess.Popen[str]:
+    def start(
+        self, *options: str, fault: str = "", directory: Path | None = None, **more: Any
+    ) -> subprocess.Popen[str]:
         """`tenko run`; lower-case `more` are settings with __ for a dot, upper-case ones environment variables."""
         environment = {key: str(value) for key, value in more.items() if key.isupper()}
         settings = {key.replace("__", "."): value for key, value in more.items() if not key.isupper()}

@@ -10,11 +10,9 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 import time
-from pathlib import Path
 
-from tenko.launch import worker
+from tenko.launch import job, worker
 from tenko.launch.errors import Stopped
 from tenko.launch.files import write_json_atomic, write_text_atomic
 from tenko.launch.pulse import IDLE, SAVE, UPDATE
@@ -28,18 +26,18 @@ def train(context: StageContext) -> None:
     import torch
     import torch.distributed as dist
 
-    job = context.job
-    job.init_group()
-    rank, size = job.world.rank, job.world.size
+    this = context.job
+    this.init_group()
+    rank, size = this.world.rank, this.world.size
     done = sorted(context.checkpoints.glob("update-*")) if context.resume else []
     start, weights = (int(done[-1].name[7:]), float(done[-1].read_text())) if done else (0, 0.0)
     total = context.stage.config.max_update
     context.checkpoints.mkdir(parents=True, exist_ok=True)
     context.reporter.log(f"world {size} from {start}")
-    job.notice.begin()
-    job.pulse.update(start)
+    this.notice.begin()
+    this.pulse.update(start)
     for update in range(start + 1, total + 1):
-        job.pulse.phase(UPDATE)
+        this.pulse.phase(UPDATE)
         befall(context, rank, update)
         mine = sum((item + 1) * update % 7 for item in range(rank, ITEMS, size))
         value = torch.tensor([float(mine)], dtype=torch.float64)
@@ -47,15 +45,15 @@ def train(context: StageContext) -> None:
             dist.all_reduce(value)
         weights = (weights * 31 + value.item()) % 1_000_003
         time.sleep(float(os.environ.get("PACE", "0.05")))
-        job.pulse.update(update)
-        stop = update < total and job.notice.due(update)
+        this.pulse.update(update)
+        stop = update < total and this.notice.due(update)
         if update % SAVE_EVERY == 0 or stop:
-            job.pulse.phase(SAVE)
+            this.pulse.phase(SAVE)
             if rank == 0:
                 write_text_atomic(context.checkpoints / f"update-{update:08d}", str(weights))
         if stop:
             raise Stopped(update)
-    job.pulse.phase(IDLE)
+    this.pulse.phase(IDLE)
     if size > 1:
         dist.barrier()
     if rank == 0:
@@ -94,10 +92,15 @@ def befall(context: StageContext, rank: int, update: int) -> None:
 
 
 def quantize(context: StageContext) -> None:
+    (context.run_dir / "idle").touch()
+    time.sleep(float(os.environ.get("IDLE", "0")))
     if context.job.world.rank == 0:
         write_json_atomic(context.result_path, {"stage": "quantize"})
 
 
+RUNNERS = {"train": train, "quantize": quantize}
+
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))
-    worker.main(runners={"train": train, "quantize": quantize})
+    if "CODE" in os.environ:
+        job.code_digest = lambda: os.environ["CODE"]
+    worker.main(runners=RUNNERS)
