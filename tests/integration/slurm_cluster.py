@@ -53,7 +53,7 @@ SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
 GresTypes=gpu
 ReturnToService=2
-SlurmdTimeout=10
+SlurmdTimeout=60
 SlurmctldTimeout=10
 MessageTimeout=10
 MinJobAge=300
@@ -142,18 +142,13 @@ class Cluster:
             assert time.monotonic() < deadline, f"waited {timeout} s for {what}\n{state}"
             time.sleep(0.1)
 
-    def crash(self, node: int) -> None:
-        """Kill a node's slurmd and all that it started, as if its power failed."""
-        pid = self._pid(f"n{node}")
-        assert pid is not None
-        for victim in [pid, *self._steps(f"n{node}")]:
-            for process in [victim, *_descendants(victim)]:
-                with suppress(ProcessLookupError):
-                    os.kill(process, signal.SIGKILL)
+    def fail(self, node: int) -> None:
+        """Declare a node down, as slurmctld does by itself when it hears nothing of one for SlurmdTimeout."""
+        self.call("scontrol", "update", f"NodeName=n{node}", "State=DOWN", "Reason=test")
 
     def mend(self, node: int) -> None:
-        """Start a crashed node again, and wait for it."""
-        self.call("slurmd", "-N", f"n{node}")
+        """Bring it back, and wait for all nodes to be idle."""
+        self.call("scontrol", "update", f"NodeName=n{node}", "State=RESUME")
         self._wait_idle()
 
     def _start(self) -> None:
@@ -198,27 +193,23 @@ class Cluster:
         except (OSError, ValueError):
             return None
 
-    def _steps(self, node: str) -> list[int]:
-        """slurmstepds of a node. They are children of init, and know their node by the file they keep open."""
+    def _steps(self) -> list[int]:
+        """This cluster's slurmstepds. They are children of init; the files they keep open tell whose they are."""
         found = []
-        for pid in _processes():
+        for process in Path("/proc").iterdir():
             with suppress(OSError):
-                if (Path("/proc") / str(pid) / "comm").read_text().strip() == "slurmstepd":
-                    files = [os.readlink(link) for link in (Path("/proc") / str(pid) / "fd").iterdir()]
-                    if any(
-                        name.startswith((f"{self.folder}/spool-{node}/", f"{self.folder}/{node}.")) for name in files
-                    ):
-                        found.append(pid)
+                if process.name.isdigit() and (process / "comm").read_text().strip() == "slurmstepd":
+                    files = [os.readlink(link) for link in (process / "fd").iterdir()]
+                    if any(name.startswith(f"{self.folder}/") for name in files):
+                        found.append(int(process.name))
         return found
 
     def _end_all(self) -> None:
-        """The jobs first, then who runs them, then what they left: everything that has this cluster's SLURM_CONF."""
-        with suppress(RuntimeError, subprocess.TimeoutExpired, FileNotFoundError):
-            for node in range(self.nodes):
-                for step in self._steps(f"n{node}"):
-                    for process in [*_descendants(step), step]:
-                        with suppress(ProcessLookupError):
-                            os.kill(process, signal.SIGKILL)
+        """The jobs first, with all that they started, then the daemons."""
+        for step in self._steps():
+            for process in [*_descendants(step), step]:
+                with suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
         names = [*(f"n{node}" for node in range(self.nodes)), "slurmctld", "munged"]
         pids = [pid for name in names if (pid := self._pid(name)) is not None]
         for sent, seconds in ((signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
@@ -228,10 +219,6 @@ class Cluster:
             deadline = time.monotonic() + seconds
             while any(_alive(pid) for pid in pids) and time.monotonic() < deadline:
                 time.sleep(0.05)
-
-
-def _processes() -> list[int]:
-    return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
 
 
 def _stat(pid: int) -> list[str]:
@@ -249,7 +236,7 @@ def _alive(pid: int) -> bool:
 
 def _descendants(pid: int) -> list[int]:
     children: dict[int, list[int]] = {}
-    for process in _processes():
+    for process in [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]:
         if stat := _stat(process):
             children.setdefault(int(stat[1]), []).append(process)
     found, queue = [], [pid]
