@@ -3,7 +3,7 @@
 mpirun -n 3 python mpi_stage.py RECIPE --run-dir DIR
 
 DIR/do says what: `world` writes what each rank is into DIR/world-<rank>.json; `raise` has rank 1 fail while the others
-wait for it; `wait` has all wait.
+wait for it; `wait` has all wait; `hang` has rank 1 sleep within an update, while the others wait for it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from tenko.launch.files import write_json_atomic
+from tenko.launch.pulse import UPDATE
 from tenko.launch.rundir import StageContext
 from tenko.launch.worker import main
 
@@ -30,6 +31,10 @@ def stage(context: StageContext) -> None:
     write_json_atomic(context.run_dir.parent / f"world-{job.world.rank}.json", seen)
     if do == "wait":
         time.sleep(120)
+    if do == "hang":
+        job.pulse.phase(UPDATE)
+        time.sleep(120 if job.world.rank == 1 else 0)
+        dist.barrier()
     if do == "raise" and job.world.rank == 1:
         raise RuntimeError("the second rank has had enough")
     if do == "raise":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -208,8 +209,10 @@ def test_mpi_says_who_is_where_and_one_ranks_exception_ends_all(small_tsv: Path,
         assert (world["node"], world["nodes"], world["launcher"], world["interface"]) == (0, 1, "mpirun", "lo")
         assert world["sum"] == 3
 
+
+def test_killed_worker_and_one_that_hangs_end_all(small_tsv: Path, tmp_path: Path) -> None:
+    command = [*STAGE, *arguments(tmp_path / "run", small_tsv)]
     (tmp_path / "do").write_text("wait")
-    (tmp_path / "world-2.json").unlink()
     job = start(command, n=3)
     deadline = time.monotonic() + 120
     while not (tmp_path / "world-2.json").exists():
@@ -220,6 +223,13 @@ def test_mpi_says_who_is_where_and_one_ranks_exception_ends_all(small_tsv: Path,
     code, out = job.finish(30)
     assert code != 0
     assert "signal 9" in out
+
+    (tmp_path / "do").write_text("hang")
+    code, out = start([*command, "hang_timeout=3"], n=3).finish(90)
+    assert code != 0
+    assert re.search(r"tenko: error: worker 1 \(process \d+\) hangs in update 1, no progress for \d+ s; stacks in", out)
+    logs = [(tmp_path / "run" / "logs" / f"worker-{rank}.log").read_text() for rank in range(3)]
+    assert [("mpi_stage.py" in log, "barrier" in log) for log in logs] == [(True, True), (True, False), (True, True)]
 
 
 @pytest.mark.parametrize(

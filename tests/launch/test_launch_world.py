@@ -38,6 +38,12 @@ def test_torchruns_variables_come_before_those_of_the_step_it_runs_in() -> None:
     assert world == World(launcher="torchrun", rank=5, size=8, local_rank=1, local_size=4, node=1, nodes=2, restart=3)
 
 
+@pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_RANK", "MPI_LOCALRANKID"])
+def test_mpiruns_ranks_are_not_taken_for_tasks_of_the_step_that_its_daemons_run_in(name: str) -> None:
+    slurm = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"}
+    assert World.detect({**slurm, name: "3"}).launcher == "mpirun"
+
+
 def test_a_process_that_nobody_launched_is_alone() -> None:
     assert World.detect({}) == World()
     environ: dict[str, str] = {}
