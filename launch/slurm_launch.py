@@ -26,8 +26,8 @@ from .slurm_query import ENDED, JobState, check, job_state, submit
 from .slurm_script import EVALUATE, TRAIN, Request, evaluate_script, log_pattern, train_script
 
 FOLDER, JOBS, HISTORY = "slurm", "jobs.json", "history"
-POLL_SECONDS = 5.0
-"""Between two looks of --wait."""
+POLL_SECONDS = (0.5, 10.0)
+"""Between two looks of --wait: at first, and at last."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,6 +192,7 @@ def _wait(jobs: Sequence[Submitted]) -> None:
         RunFailed: one did not end well.
     """
     seen: dict[str, JobState | None] = {}
+    began = time.monotonic()
     while True:
         for job in jobs:
             before, now = seen.get(job.job), job_state(job.job)
@@ -202,7 +203,7 @@ def _wait(jobs: Sequence[Submitted]) -> None:
             seen[job.job] = now
         if all(state is None or state.state in ENDED for state in seen.values()):
             break
-        time.sleep(POLL_SECONDS)
+        time.sleep(min(max(POLL_SECONDS[0], (time.monotonic() - began) / 50), POLL_SECONDS[1]))
     bad = [job for job in jobs if (state := seen[job.job]) is None or state.state != "COMPLETED"]
     if bad:
         raise RunFailed(f"job {bad[0].job} ({bad[0].kind}) did not end well; see {bad[0].log}", BAD_INPUT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -12,27 +13,29 @@ from slurm_cluster import Cluster
 from tenko_run import WHOLE, Done, environment, run_arguments, tenko
 
 from tenko.launch.pulse import read_all
+from tenko.launch.spawn import last_update
+from tenko.launch.world import World
 
 pytestmark = pytest.mark.torchrun
 LONG = {**WHOLE, "train.max_update": "600", "train.save_interval": "100", "train.valid_interval": "300"}
 """Long enough to be told to stop twice."""
+SHORT = {**WHOLE, "train.max_update": "20", "train.save_interval": "10", "train.valid_interval": "20"}
+TENKO = [sys.executable, "-m", "tenko.launch.cli"]
 
 
 def launch(cluster: Cluster, tsv: Path, run: Path, *options: str, **settings: str) -> Done:
     """`tenko launch slurm` of the session's small corpus."""
     _, recipe, *overrides = run_arguments(run, tsv, **settings)
-    command = [sys.executable, "-m", "tenko.launch.cli", "launch", "slurm", *map(str, [recipe, *overrides]), *options]
-    return call(cluster, command)
+    return call(cluster, [*TENKO, "launch", "slurm", *map(str, [recipe, *overrides]), *options])
 
 
 def status(cluster: Cluster, run: Path) -> str:
-    return call(cluster, [sys.executable, "-m", "tenko.launch.cli", "launch", "status", str(run)]).out
+    return call(cluster, [*TENKO, "launch", "status", str(run)]).out
 
 
-def call(cluster: Cluster, command: list[str]) -> Done:
-    done = subprocess.run(
-        command, env={**environment(), **cluster.environment}, capture_output=True, text=True, timeout=120
-    )
+def call(cluster: Cluster, command: list[str], **more: str) -> Done:
+    there = {**environment(), **cluster.environment, **more}
+    done = subprocess.run(command, env=there, capture_output=True, text=True, timeout=120)
     return Done(done.returncode, done.stdout, done.stderr.splitlines())
 
 
@@ -53,7 +56,8 @@ def wait_for_update(cluster: Cluster, run: Path, update: int, ranks: int = 2) ->
 
 def history(run: Path) -> list[str]:
     """What the script noted, without times and job ids: `0 begins on n[0-1]`."""
-    lines = (run / "slurm" / "history").read_text().splitlines()
+    path = run / "slurm" / "history"
+    lines = path.read_text().splitlines() if path.exists() else []
     return [line.partition(" restart ")[2] for line in lines]
 
 
@@ -71,20 +75,118 @@ def test_preempted_and_bereft_of_a_node_a_run_ends_as_if_uncut(
 ) -> None:
     run = tmp_path / "my run"
     options = ["--nodes", "2", "--workers-per-node", "1", "--time", "10", "--then", "evaluate,export"]
-    train, after = job_ids(launch(cluster, small_tsv, run, *options, "--test", str(small_tsv), **LONG))
+    options += ["--test", str(small_tsv)]
+    train, after = job_ids(launch(cluster, small_tsv, run, *options, **LONG))
     wait_for_update(cluster, run, 5)
-    assert "RUNNING on n[0-1]" in status(cluster, run)
-    high = cluster.call(
-        "sbatch", "--parsable", "-p", "high", "-N3", "--exclusive", "-o", "/dev/null", "--wrap", "true"
-    ).strip()
-    cluster.wait(high, "COMPLETED")
+    shown = status(cluster, run)
+    assert re.search(
+        rf"job {train} train: RUNNING on n\[0-1\]\n +log {re.escape(str(run))}/logs/slurm-{train}.out\n", shown
+    )
+    assert f"job {after} evaluate+export: PENDING (Dependency)" in shown
+    again = launch(cluster, small_tsv, run, *options, **LONG)
+    assert again.code == 2
+    assert f"{run}: job {train} of this run is RUNNING" in again.errors[-1]
+
+    high = cluster.call("sbatch", "--parsable", "-p", "high", "-N3", "--exclusive", "-o", "/dev/null", "--wrap", "true")
+    cluster.wait(high.strip(), "COMPLETED")
     assert re.fullmatch(r"0 ended with (75|143)", history(run)[1]), history(run)
-    wait_for_update(cluster, run, 5)
-    cluster.crash(1)
-    cluster.wait(train, "COMPLETED", timeout=150)
-    print(history(run))
+    saved = last_update(run)
+    wait_for_update(cluster, run, (saved or 0) + 2)
+    cluster.fail(1)
+    cluster.wait(train, "COMPLETED")
     cluster.mend(1)
-    cluster.wait(after, "COMPLETED", timeout=60)
+    assert [line.split()[0] for line in history(run)] == ["0", "0", "1", "2", "2"], "no end of the one that lost a node"
+    assert history(run)[3:] == ["2 begins on n[0,2]", "2 ended with 0"]
     for stage in ("1-train", "2-quantize"):
         ours, plain = (path / stage / "artefact" / "model.safetensors" for path in (run, whole))
         assert ours.read_bytes() == plain.read_bytes(), stage
+
+    cluster.wait(after, "COMPLETED")
+    figures = json.loads((run / "evaluation.json").read_text())
+    assert (figures["stage"], figures["sentences"]) == ("quantize", len(small_tsv.read_text().splitlines()))
+    assert (run / "exported" / "model.bin").is_file()
+    shown = status(cluster, run)
+    assert shown.startswith(f"{run}: finished, all 2 stages\n")
+    assert f"job {train} train: COMPLETED on n[0,2] restarted 2 times" in shown
+    with_none = {"SLURM_CONF": "/nowhere/slurm.conf"}  # as long after: SLURM knows nothing
+    shown = call(cluster, [*TENKO, "launch", "status", str(run)], **with_none).out
+    assert (
+        f"job {train} train: not known to SLURM any more; its script noted: job {train} restart 2 ended with 0" in shown
+    )
+
+
+def test_seeds_share_nodes_as_tasks_of_an_array_one_worker_a_task(
+    cluster: Cluster, small_tsv: Path, tmp_path: Path
+) -> None:
+    options = ["--nodes", "2", "--workers-per-node", "1", "--per-task", "worker", "--seeds", "2,5", "--time", "10"]
+    options += ["--then", "export", "--wait"]
+    done = launch(cluster, small_tsv, tmp_path / "run", *options, **SHORT)
+    assert done.code == 0, done
+    first, *others = re.findall(r"^job (\d+)_2: ", done.out, flags=re.M)
+    assert len(others) == 1
+    assert f"job {first}_5 (train): COMPLETED on n[0-1]" in done.out
+    plain = tmp_path / "plain"
+    assert tenko(*run_arguments(plain, small_tsv, seed="5", **SHORT)).code == 0
+    runs = [tmp_path / "run-seed2", tmp_path / "run-seed5"]
+    artefacts = [(path / "1-train" / "artefact" / "model.safetensors").read_bytes() for path in (*runs, plain)]
+    assert artefacts[1] == artefacts[2] != artefacts[0]
+    assert all((run / "exported" / "model.bin").is_file() for run in runs)
+    log = (runs[1] / "logs" / f"slurm-{first}.out").read_text()
+    assert "2 workers on 2 nodes, started by srun" in log
+    shown = status(cluster, tmp_path / "run")
+    assert [line for line in shown.splitlines() if "finished, all 2 stages" in line] == [
+        f"{run}: finished, all 2 stages" for run in runs
+    ]
+
+
+def test_ahead_of_the_time_limit_a_run_saves_and_is_queued_again_but_not_when_cancelled(
+    cluster: Cluster, small_tsv: Path, tmp_path: Path
+) -> None:
+    """SLURM looks at time limits every 30 s: the job has 2 minutes, and may be told from its fifth second on."""
+    run = tmp_path / "run"
+    settings = {**LONG, "train.max_update": "100000", "train.valid_interval": "100000"}
+    options = ["--workers-per-node", "1", "--time", "2", "--notice", "115"]
+    (job,) = job_ids(launch(cluster, small_tsv, run, *options, **settings))
+    cluster.until(lambda: len(history(run)) == 3, "the second start")
+    assert history(run) == ["0 begins on n0", "0 ended with 75", "1 begins on n0"]
+    saved = last_update(run)
+    assert saved, "an update that no save interval ends"
+    assert f"saved at update {saved}" in (run / "logs" / f"slurm-{job}.out").read_text()
+    wait_for_update(cluster, run, saved + 1, ranks=1)
+    cluster.call("scancel", job)
+    cluster.wait(job, "CANCELLED")
+    assert "CANCELLED" in status(cluster, run)
+    assert len(history(run)) == 3, "its script was ended, and put nothing into the queue"
+
+
+def test_an_error_of_the_users_ends_the_job(cluster: Cluster, small_tsv: Path, tmp_path: Path) -> None:
+    run, gone = tmp_path / "run", tmp_path / "gone.tsv"
+    gone.write_text("")
+    done = launch(cluster, gone, run, "--time", "10", "--wait", **SHORT)
+    assert done.code == 2
+    assert re.fullmatch(r"tenko: error: job (\d+) \(train\) did not end well; see .*", done.errors[-1]), done
+    assert history(run) == ["0 begins on n0", "0 ended with 2"]
+    assert "FAILED on n0 (NonZeroExitCode) exit 2:0" in status(cluster, run)
+
+
+@pytest.mark.parametrize("mpi", ["none", "pmi2", "pmix"])
+def test_srun_alone_starts_workers_that_find_one_another(
+    cluster: Cluster, small_tsv: Path, tmp_path: Path, mpi: str
+) -> None:
+    """Two nodes here have one host name, by which PMIx takes them for one: with it on one node only."""
+    nodes, tasks = ("1", 2) if mpi == "pmix" else ("2", 3)
+    where = ["srun", f"--mpi={mpi}", "--overlap", "-N", nodes]
+    if call(cluster, [*where, "true"]).code:
+        pytest.skip(f"this SLURM cannot --mpi={mpi} (Debian's plugin for PMIx wants libpmix-dev)")
+    code = "import sys; from tenko.launch.job import Job; from tenko.launch.world import World; "
+    code += "job = Job.join(World.detect()); job.from_rank0('x', 1); job.init_group(); w = job.world; "
+    code += "import torch; import torch.distributed as dist; t = torch.tensor([float(w.rank)]); dist.all_reduce(t); "
+    code += "open(f'{sys.argv[1]}/{w.rank}', 'w').write(repr((w, t.item())))"
+    done = call(cluster, [*where, "-n", str(tasks), sys.executable, "-c", code, str(tmp_path)])
+    assert done.code == 0, done
+    worlds = [eval((tmp_path / str(rank)).read_text(), {"World": World}) for rank in range(tasks)]
+    assert [total for _, total in worlds] == [sum(range(tasks))] * tasks
+    places = [(0, 0, 2), (0, 1, 2), (1, 0, 1)]
+    for rank, (world, _) in enumerate(worlds):
+        assert (world.launcher, world.rank, world.size, world.nodes) == ("srun", rank, tasks, int(nodes))
+        assert (world.node, world.local_rank, world.local_size) == places[rank]
