@@ -22,7 +22,7 @@ from .errors import BAD_INPUT, RunFailed
 from .files import read_json, write_json_atomic, write_text_atomic
 from .recipe import Recipe
 from .rundir import LOGS, RunDirectory, RunLock
-from .slurm_query import ENDED, JobState, check, job_state, submit
+from .slurm_query import ENDED, JobState, ask, check, job_state, submit
 from .slurm_script import EVALUATE, TRAIN, Request, evaluate_script, log_pattern, train_script
 
 FOLDER, JOBS, HISTORY = "slurm", "jobs.json", "history"
@@ -143,7 +143,11 @@ def _submit(request: Request, scripts: dict[str, str]) -> dict[Path, list[Submit
     if EVALUATE in scripts:
         after = "aftercorr" if request.seeds else "afterok"
         kind = "+".join(request.then)
-        ids[kind] = submit(folder / EVALUATE, f"--dependency={after}:{ids['train']}", "--kill-on-invalid-dep=yes")
+        try:
+            ids[kind] = submit(folder / EVALUATE, f"--dependency={after}:{ids['train']}", "--kill-on-invalid-dep=yes")
+        except ValueError:
+            ask("scancel", ids["train"])
+            raise
     jobs: dict[Path, list[Submitted]] = {}
     for index, directory in enumerate(request.run_dirs):
         seed = str(request.seeds[index]) if request.seeds else ""
