@@ -61,7 +61,9 @@ def start(context: StageContext, config: TrainConfig | None = None) -> Accelerat
         mixed_precision="no",
         kwargs_handlers=[
             DistributedDataParallelKwargs(
-                gradient_as_bucket_view=True, **({} if context.recipe.comm.overlap else {"bucket_cap_mb": ONE_BUCKET})
+                gradient_as_bucket_view=True,
+                broadcast_buffers=False,  # constants (positions): DDP would send them from rank 0 in every update
+                **({} if context.recipe.comm.overlap else {"bucket_cap_mb": ONE_BUCKET}),
             ),
             InitProcessGroupKwargs(timeout=PATIENCE),
         ],
