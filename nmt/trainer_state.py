@@ -66,7 +66,7 @@ def restore(trainer: Trainer, folder: Path, *, only_weights: bool = False, check
     load_weights(trainer.parameters, weights, folder)
     trainer.take_counters(state)
     world, before = trainer.stream.world, int(state["world"])
-    # Checkpoints of before tenko 0.5 do not say it, and were gone on with by as many workers only.
+    # Older checkpoints do not say it: no other workers went on with them.
     micro_batches = state.get("micro_batches", before * trainer.config.update_freq)
     if world > micro_batches:
         raise ValueError(
@@ -105,14 +105,19 @@ def _from_others(trainer: Trainer, folder: Path, state: dict[str, Any], before: 
         reshard.adopt(trainer.route, trainer.optimizer, list(trainer.model.parameters()), state["optimizer"], routes)
     except ValueError as error:
         raise ValueError(f"{folder}: saved by {before} workers, now {world}: {error}") from None
+    owed = any(_has_feedback(route) for route in routes)
     if distributed.rank() == 0:
         logger.warning(
-            "saved by %d workers, now %d: the %d micro-batches of an update are shared anew; error feedback of the "
-            "route begins at zero",
+            "saved by %d workers, now %d: the %d micro-batches of an update are shared anew%s",
             before,
             world,
             micro_batches,
+            "; error feedback of the route begins at zero" if owed else "",
         )
+
+
+def _has_feedback(route: dict[str, Any]) -> bool:
+    return bool(route.get("feedback")) or any(map(_has_feedback, (route.get("candidates") or {}).values()))
 
 
 def _zero(folder: Path, before: int) -> str:
