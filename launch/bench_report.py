@@ -15,9 +15,13 @@ Line = dict[str, Any] | tuple[str, str]
 """A measured row, or the name of one that is not there and why."""
 
 _COLUMNS: tuple[str, ...] = ("row", "precision", "workers", "updates", "tokens/update", "seconds", "tokens/s")
-_COLUMNS += ("of the first", "valid loss", "BLEU")
+_COLUMNS += ("of the first", "valid loss", "BLEU", "others")
 TARGET = 1.8
 """Tokens/s of 2 workers over 1 that is aimed at, on 2 cores."""
+OTHERS = (
+    "Others: cores that other programs kept busy meanwhile, the run's start and its validations included; where that "
+    "is not near 0, speeds are not to be compared."
+)
 
 
 def write_rows(out: Path, lines: Sequence[Line], *, full: bool) -> None:
@@ -27,7 +31,8 @@ def write_rows(out: Path, lines: Sequence[Line], *, full: bool) -> None:
     missing = [line for line in lines if isinstance(line, tuple)]
     notes = [
         f"{_machine()}. Seconds are of updates, validations and checkpoints left out; loss in nats a target token of "
-        "held-out pairs after the last update; BLEU of held-out test sentences. All rows read about as many tokens."
+        "held-out pairs after the last update; BLEU of held-out test sentences. All rows read about as many tokens. "
+        f"{OTHERS}"
     ]
     if not full:
         notes.append(
@@ -39,8 +44,8 @@ def write_rows(out: Path, lines: Sequence[Line], *, full: bool) -> None:
     text = _text([_COLUMNS, *cells])
     print(f"\n{text}\n\n" + "\n".join([*notes, *(f"{name}: {why}" for name, why in missing)]))
     write_json_atomic(out / "scaling.json", {"machine": _machine(), "full": full, "rows": measured})
-    commands = [f"{line['name']}\n\n    {line['command']}\n" for line in measured]
-    left = [f"{name}: {why}\n" for name, why in missing]
+    commands = [f"{line['name']}\n\n    {line['command']}" for line in measured]
+    left = [f"{name}: {why}" for name, why in missing]
     picture = ["![Loss by time and tokens/s](scaling.png)"] if measured else []
     body = [_markdown([_COLUMNS, *cells]), *notes, *picture, "Each row alone:", *commands, *left]
     write_text_atomic(out / "scaling.md", "\n\n".join(body).strip() + "\n")
@@ -49,32 +54,26 @@ def write_rows(out: Path, lines: Sequence[Line], *, full: bool) -> None:
     print(f"\nWritten: {', '.join(str(out / f'scaling.{kind}') for kind in ('md', 'json', 'png'))}")
 
 
-def write_ranks(
-    out: Path, runs: Mapping[int, list[dict[str, Any]]], medians: Mapping[int, float], *, load_before: float
-) -> None:
+def write_ranks(out: Path, runs: Mapping[int, list[dict[str, Any]]], medians: Mapping[int, float]) -> None:
     """Print tokens/s by workers; write ranks.json and ranks.md."""
     first = next(iter(medians))
-    head = ("workers", "tokens/s, median", "of each turn", f"over {first}")
+    head = ("workers", "tokens/s, median", f"over {first}", "of each turn", "others, each")
     rows = [
         (
             str(count),
             f"{speed:,.0f}",
-            ", ".join(f"{run['tokens_per_second']:,.0f}" for run in runs[count]),
             f"{speed / medians[first]:.2f}x",
+            ", ".join(f"{run['tokens_per_second']:,.0f}" for run in runs[count]),
+            ", ".join(_others(run) for run in runs[count]),
         )
         for count, speed in medians.items()
     ]
-    cores = len(os.sched_getaffinity(0))
     note = (
-        f"{_machine()}. One thread a worker, no shaped link, turns of all worker counts one after the other. "
-        f"Aimed at on 2 cores: {TARGET}x from 1 to 2."
+        f"{_machine()}. One thread a worker, no shaped link, turns of all worker counts one after the other. Aimed at "
+        f"on 2 quiet cores: {TARGET}x from 1 to 2. {OTHERS}"
     )
-    if load_before > 0.3:
-        note += (
-            f" The load average was {load_before:.1f} before it began: other programs took part of the {cores} cores."
-        )
     print(f"\n{_text([head, *rows])}\n\n{note}")
-    value = {"machine": _machine(), "load_before": load_before, "medians": {str(k): v for k, v in medians.items()}}
+    value = {"machine": _machine(), "medians": {str(count): speed for count, speed in medians.items()}}
     write_json_atomic(out / "ranks.json", {**value, "runs": {str(k): v for k, v in runs.items()}})
     commands = [f"    {of[0]['command']}" for of in runs.values()]
     write_text_atomic(out / "ranks.md", "\n\n".join([_markdown([head, *rows]), note, *commands]) + "\n")
@@ -93,7 +92,12 @@ def _cells(line: dict[str, Any], first: dict[str, Any]) -> tuple[str, ...]:
         f"{line['tokens_per_second'] / first['tokens_per_second']:.2f}x",
         f"{line['valid_loss']:.3f}",
         f"{line['test_bleu']:.2f}",
+        _others(line),
     )
+
+
+def _others(line: dict[str, Any]) -> str:
+    return "-" if line["others"] is None else f"{line['others']:.1f}"
 
 
 def _text(rows: Sequence[Sequence[str]]) -> str:

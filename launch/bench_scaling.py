@@ -9,11 +9,7 @@ Source: Ott et al. 2018, Scaling Neural Machine Translation, arXiv 1806.00187, t
 
 from __future__ import annotations
 
-import os
-import shlex
 import statistics
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,11 +17,8 @@ from pathlib import Path
 from tenko.nmt.config import TrainConfig
 
 from .bench_report import write_ranks, write_rows
-from .errors import BAD_INPUT, RunFailed
-from .metrics import read_metrics
-from .recipe import Recipe, load, to_dict
-from .rundir import CONFIG, METRICS, RunDirectory, first_difference
-from .spawn import raise_on_signals
+from .bench_run import Measured, Run
+from .recipe import Recipe, load
 
 FULL, SMALL = "scaling", "scaling-small"
 """Recipes of the first row."""
@@ -73,30 +66,6 @@ ROWS = (
     Row(name="+ 3-bit gradients", small=("comm.route=all_reduce",), full=("comm.route=all_reduce",), nodes=16),
 )
 """The paper's, and one more of ours."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measured:
-    """What a finished run came to."""
-
-    name: str
-    command: str
-    """Makes this row alone."""
-    precision: str
-    workers: int
-    updates: int
-    tokens_per_update: float
-    """Target tokens."""
-    seconds: float
-    """In updates; validations and checkpoints left out."""
-    tokens_per_second: float
-    """Target tokens, of all workers; the first line of metrics, which holds the warming up, left out."""
-    valid_loss: float
-    """Nats a target token, after the last update."""
-    valid_bleu: float
-    test_bleu: float
-    curve: tuple[tuple[float, float], ...]
-    """Seconds in updates, and training loss (nats a token, not smoothed)."""
 
 
 def bench(
@@ -157,7 +126,7 @@ def bench_ranks(overrides: Sequence[str], *, ranks: Sequence[int], rounds: int, 
     Raises:
         ValueError, RunFailed: as in `bench`.
     """
-    load_before, count = os.getloadavg()[0], updates or 40
+    count = updates or 40
     once = [f"train.{key}={count}" for key in ("max_update", "valid_interval", "save_interval")]
     load(SMALL, [*RANKS, *once, *overrides])  # a bad override is to be told before anything runs
     found: dict[int, list[Measured]] = {workers: [] for workers in ranks}
@@ -170,82 +139,7 @@ def bench_ranks(overrides: Sequence[str], *, ranks: Sequence[int], rounds: int, 
             found[workers].append(run.measure())
     medians = {workers: statistics.median(one.tokens_per_second for one in runs) for workers, runs in found.items()}
     runs = {workers: [asdict(one) for one in of] for workers, of in found.items()}
-    write_ranks(out, runs, medians, load_before=load_before)
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run that is measured."""
-
-    name: str
-    recipe: str
-    settings: tuple[str, ...]
-    directory: Path
-    nodes: int = 1
-
-    def command(self) -> str:
-        """What makes it alone."""
-        where = ["--nodes", str(self.nodes), "--rendezvous", "HOST:PORT"] if self.nodes > 1 else []
-        return shlex.join(["tenko", "run", self.recipe, *self.settings, "--run-dir", str(self.directory), *where])
-
-    def finished(self) -> bool:
-        """Whether this very run is done. A folder of another is left to `tenko run`, which says what differs."""
-        if not (self.directory / CONFIG).exists():
-            return False
-        run = RunDirectory.read(self.directory)
-        wanted = to_dict(load(self.recipe, self.settings))
-        return first_difference(to_dict(run.recipe), wanted) is None and run.is_finished(0)
-
-    def start(self, title: str) -> None:
-        """Run it, or go on with it; what it says goes to a file beside its folder.
-
-        Raises:
-            RunFailed: it failed; the message is its last line.
-        """
-        print(f"{title}{self.command()}", flush=True)
-        log = self.directory.with_name(f"{self.directory.name}.log")
-        log.parent.mkdir(parents=True, exist_ok=True)
-        arguments = ["run", self.recipe, *self.settings, "--run-dir", str(self.directory)]
-        with open(log, "wb") as file, raise_on_signals():
-            command = [sys.executable, "-m", "tenko.launch.cli", *arguments]
-            child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
-            try:
-                code = child.wait()
-            except BaseException:  # a signal: the run saves what its own rules say and ends
-                child.terminate()
-                child.wait()
-                raise
-        if code:
-            said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["it said nothing"]
-            reason = said[-1].removeprefix("tenko: ").removeprefix("error: ")
-            raise RunFailed(f"{self.name}: {reason}; all that it said is in {log}", code if code > 0 else BAD_INPUT)
-
-    def measure(self) -> Measured:
-        """The figures of the finished run."""
-        run = RunDirectory.read(self.directory)
-        result = run.result(0) or {}
-        entries = read_metrics(run.stage_directory(0) / METRICS)
-        train = [entry for entry in entries if entry["kind"] == "train"]
-        valid = [entry for entry in entries if entry["kind"] == "valid"][-1]
-        seconds = [0.0, *(entry["seconds"] for entry in train)]
-        tokens = [
-            e["tokens_per_second"] * (now - before) for e, before, now in zip(train, seconds, seconds[1:], strict=False)
-        ]
-        speed = sum(tokens[1:]) / (seconds[-1] - seconds[1]) if len(train) > 1 else train[0]["tokens_per_second"]
-        return Measured(
-            name=self.name,
-            command=self.command(),
-            precision=result["precision"],
-            workers=run.recipe.workers * self.nodes,
-            updates=result["updates"],
-            tokens_per_update=sum(tokens) / result["updates"],
-            seconds=result["train_seconds"],
-            tokens_per_second=speed,
-            valid_loss=valid["nll"],
-            valid_bleu=valid["bleu"],
-            test_bleu=result["bleu"],
-            curve=tuple((entry["seconds"], entry["nll"]) for entry in train),
-        )
+    write_ranks(out, runs, medians)
 
 
 def _last_of_each(settings: Sequence[str]) -> list[str]:
