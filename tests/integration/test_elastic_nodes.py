@@ -1,0 +1,146 @@
+"""Nodes of a run on hosts of their own: one is killed, cut off, comes back, hangs; the host that all meet at is lost.
+
+Hosts are network namespaces with a host name each. Their training is the sum of `elastic_worker.py`; the last test is
+of a real one.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from elastic_lab import PORT, Lab, missing, start
+from elastic_run import Run, alive, expected, finish
+from tenko_run import WHOLE, run_arguments
+from toy_training import differing
+
+from tenko.compression import read_artefact
+from tenko.launch import pulse
+from tenko.nmt.corpus import Corpus
+
+pytestmark = [pytest.mark.torchrun, pytest.mark.skipif(bool(missing()), reason=str(missing()))]
+RANKS_FROM = re.compile(r"world (\d+) from (\d+)")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run(tmp_path)
+
+
+@pytest.fixture
+def lab() -> Iterator[Lab]:
+    with Lab(2) as lab:
+        yield lab
+
+
+def test_the_run_goes_on_without_a_node_that_is_cut_off_and_with_it_when_it_is_back(lab: Lab, run: Run) -> None:
+    settings = {"train__max_update": 400, "PACE": 0.1}
+    nodes = [start(lab, run, host, "--nodes", "1:2", **settings) for host in range(2)]
+    before = run.wait_for(6, *nodes)
+    assert [beat.host for beat in before] == ["host0", "host0", "host1", "host1"]
+    lab.cut(1)
+    lost = finish(nodes[1])
+    assert lost.code == 75
+    assert len(lost.errors) == 1
+    assert re.match(rf"tenko: error: 10\.77\.0\.2 is cut off from 10\.77\.0\.1:{PORT}, .*; the same command goes on",
+                    lost.errors[0])  # fmt: skip
+    assert not alive([beat.pid for beat in before if beat.node == 1])
+    reached = max(beat.update for beat in run.beats())
+    run.until(lambda beats: min((beat.update for beat in beats if beat.rank < 2), default=0) > reached + 3, nodes[0])
+    lab.mend(1)
+    again = start(lab, run, 1, "--nodes", "1:2", **settings)
+    ends = [finish(nodes[0]), finish(again)]
+    assert [(done.code, done.errors) for done in ends] == [(0, []), (0, [])]
+    starts = RANKS_FROM.findall(ends[0].out)
+    assert [world for world, _ in starts] == ["4", "2", "4"], ends[0].out
+    assert "tenko: host1 (worker 2, 3) is lost: no sign of life for 10 s; starts anew (1 of 3)" in ends[0].out
+    assert "tenko: a node joins or leaves: all workers start anew" in ends[0].out
+    assert run.result() == {"stage": "train", "weights": expected(400), "world": 4, "interface": "e0"}
+
+
+def test_the_run_goes_on_without_a_node_that_is_killed(lab: Lab, run: Run) -> None:
+    nodes = [start(lab, run, host, "--nodes", "1:2", fault="kill-node:2:7") for host in range(2)]
+    before = run.wait_for(5, nodes[0])
+    ends = [finish(node) for node in nodes]
+    assert ends[1].code == -signal.SIGKILL
+    assert (ends[0].code, ends[0].errors) == (0, [])
+    assert RANKS_FROM.findall(ends[0].out) == [("4", "0"), ("2", "5")]
+    assert re.search(r"host1 \(worker 2, 3\) is lost", ends[0].out)
+    assert run.result()["weights"] == expected()
+    assert not alive([beat.pid for beat in before])
+
+
+def test_without_the_node_they_meet_at_the_others_end_and_the_same_command_goes_on(lab: Lab, run: Run) -> None:
+    nodes = [start(lab, run, host, "--nodes", "2", fault="kill-node:1:7") for host in range(2)]
+    before = run.wait_for(5, nodes[1])
+    ends = [finish(node) for node in nodes]
+    assert ends[0].code == -signal.SIGKILL
+    assert ends[1].code == 75
+    assert len(ends[1].errors) == 1
+    assert "the same command goes on from update 5" in ends[1].errors[0]
+    assert not alive([beat.pid for beat in before])
+    ends = [finish(node) for node in [start(lab, run, host, "--nodes", "2") for host in range(2)]]
+    assert [(done.code, done.errors) for done in ends] == [(0, []), (0, [])]
+    assert RANKS_FROM.findall(ends[0].out) == [("4", "5")]
+    assert run.result()["weights"] == expected()
+
+
+def test_a_worker_that_hangs_on_another_node_is_named_on_both(lab: Lab, run: Run) -> None:
+    nodes = [start(lab, run, host, "--nodes", "2", fault="sleep:3:7", hang_timeout=6) for host in range(2)]
+    ends = [finish(node) for node in nodes]
+    assert [(done.code, done.errors) for done in ends] == [(0, []), (0, [])]
+    for done in ends:
+        assert re.search(
+            r"worker 3 on host1 \(process \d+\) hangs in update 7, no progress for \d+ s; stacks", done.out
+        )
+    assert RANKS_FROM.findall(ends[0].out) == [("4", "0"), ("4", "5")]
+    assert run.result()["weights"] == expected()
+
+
+def test_a_real_training_on_two_hosts_survives_a_kill_bit_for_bit(
+    lab: Lab, tmp_path: Path, small_tsv: Path, small_corpus: Corpus
+) -> None:
+    """3-bit gradients through our own sockets, which must take the lab's interface: hosts reach each other by no
+    other; accumulation and dropout are on."""
+    settings = {**WHOLE, "train.max_update": "60", "workers": "1"}
+
+    def go(directory: Path) -> list[subprocess.Popen[str]]:
+        arguments = [str(a) for a in run_arguments(directory, small_tsv, **settings)]
+        return [
+            lab.start(
+                host,
+                [
+                    *("env", "-u", "RANK", "-u", "WORLD_SIZE", "-u", "GLOO_SOCKET_IFNAME", "-u", "MASTER_ADDR"),
+                    *(sys.executable, "-m", "tenko.launch.cli", *arguments),
+                    *("--nodes", "2", "--rendezvous", f"{lab.address(0)}:{PORT}"),
+                ],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
+            for host in range(2)
+        ]
+
+    for name in ("uncut", "cut"):
+        nodes = go(tmp_path / name)
+        if name == "cut":
+            deadline = time.monotonic() + 90
+            while not list(tmp_path.glob("cut/1-train/checkpoints/update-*")):
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            beat = pulse.read(tmp_path / "cut" / "logs" / "pulse-1")
+            assert beat is not None
+            os.kill(beat.pid, signal.SIGKILL)
+        for node in nodes:
+            out, errors = node.communicate(timeout=150)
+            assert (node.returncode, errors) == (0, ""), (out, errors)
+            if name == "cut":
+                assert "was ended by SIGKILL" in out
+    weights = [read_artefact(tmp_path / name / "1-train" / "artefact")[0] for name in ("uncut", "cut")]
+    assert differing(*weights) == []
