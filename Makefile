@@ -72,6 +72,7 @@ wheel: venv
 	build/empty/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt $(TORCH_ARGS) torch==2.13.0
 	build/empty/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt build/wheel/tenko-*.whl
 	cd build && empty/bin/tenko run tiny --run-dir wheel/run
+	cd build && empty/bin/tenko launch slurm tiny --nodes 2 --dry-run | grep -q '^srun '
 	cd build && echo "The file could not be opened." | TENKO_CACHE=wheel/cache empty/bin/tenko translate en-cs
 	@echo "the wheel runs"
 
