@@ -2,10 +2,11 @@
 
     python tests/integration/slurm_cluster.py            # a shell in which sbatch, srun and squeue speak to 3 nodes
 
-Programs use `with Cluster() as cluster`. Nodes are slurmds on loopback, on ports of their own, and share the machine's
-cores; each claims two cores and two GPUs that do not exist. There are two partitions, `train`, and `high`, which
-preempts it. Everything is below one folder and ends with the block. Needs Linux, root, and Debian's slurmctld, slurmd,
-slurm-client and munge.
+Programs use `with Cluster() as cluster`. Nodes are slurmds on loopback, on ports of their own, or with `--hosts` on
+hosts of a network lab (benchmarks/lab.py), with names and interfaces of their own. They share the machine's cores;
+each claims two cores and two GPUs that do not exist. Of two partitions, `train` and `high`, the second preempts.
+Everything is below one folder and ends with the block. Needs Linux, root, and Debian's slurmctld, slurmd, slurm-client
+and munge.
 """
 
 from __future__ import annotations
@@ -24,12 +25,18 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from lab import Lab
+from lab import missing as no_lab
+
+__all__ = ["Cluster", "Lab", "missing", "no_lab"]
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "sinfo")
 SBIN = "/usr/sbin:/usr/local/sbin"
 
 CONF = """\
 ClusterName=tenko{pid}
-SlurmctldHost={host}(127.0.0.1)
+SlurmctldHost={host}({address})
 SlurmctldPort={port}
 SlurmUser=root
 AuthType=auth/munge
@@ -85,13 +92,14 @@ class Cluster:
 
     Args:
         nodes: how many.
+        hosts: a network lab of so many hosts and one more, for slurmctld and commands; None puts all on loopback.
 
     Raises:
         RuntimeError: it is not up in time; says what its logs end with.
     """
 
-    def __init__(self, nodes: int = 3) -> None:
-        self.nodes = nodes
+    def __init__(self, nodes: int = 3, hosts: Lab | None = None) -> None:
+        self.nodes, self.hosts = nodes, hosts
         self.folder = Path()
         self._stack = ExitStack()
 
@@ -118,11 +126,20 @@ class Cluster:
 
     def call(self, *command: str | Path, check: bool = True, timeout: float = 60) -> str:
         """stdout of a command; with `check` a failure raises RuntimeError with its stderr."""
-        words = [str(word) for word in command]
+        words = [*self.prefix(self.nodes), *map(str, command)]
         done = subprocess.run(words, env=self.environment, capture_output=True, text=True, timeout=timeout)
         if check and done.returncode:
             raise RuntimeError(f"{' '.join(words)}: {done.returncode}: {done.stderr.strip()[-2000:]}")
         return done.stdout
+
+    def prefix(self, host: int) -> list[str]:
+        """What puts a command on a host of the lab, under a host name of its own."""
+        if self.hosts is None:
+            return []
+        # Not `ip netns exec`, which hides /sys/fs/cgroup from slurmd.
+        name = f"n{host}" if host < self.nodes else "control"
+        inside = ["nsenter", f"--net=/run/netns/{self.hosts.name(host)}", "unshare", "--uts", "sh", "-c"]
+        return [*inside, f'hostname {name}; exec "$@"', "sh"]
 
     def job(self, job: str) -> dict[str, str]:
         """What `scontrol show job` says of a job; empty when it is forgotten."""
@@ -148,14 +165,29 @@ class Cluster:
 
     def mend(self, node: int) -> None:
         """Bring it back, and wait for all nodes to be idle."""
-        self.call("scontrol", "update", f"NodeName=n{node}", "State=RESUME")
+        self.call("scontrol", "update", f"NodeName=n{node}", "State=RESUME", check=False)  # it may have come by itself
         self._wait_idle()
 
     def _start(self) -> None:
         ports = _free_ports(self.nodes + 1)
-        host = socket.gethostname()
-        lines = [f"NodeName=n{i} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[i + 1]}" for i in range(self.nodes)]
-        conf = CONF.format(pid=os.getpid(), host=host, port=ports[0], folder=self.folder, nodes="\n".join(lines))
+        names = ["control", *(f"n{i}" for i in range(self.nodes))]
+        addresses = ["127.0.0.1"] * len(names)
+        if self.hosts is None:
+            names = [socket.gethostname()] * len(names)
+        else:
+            addresses = [self.hosts.address(i) for i in (self.nodes, *range(self.nodes))]
+        lines = [
+            f"NodeName=n{i} NodeHostname={names[i + 1]} NodeAddr={addresses[i + 1]} Port={ports[i + 1]}"
+            for i in range(self.nodes)
+        ]
+        conf = CONF.format(
+            pid=os.getpid(),
+            host=names[0],
+            address=addresses[0],
+            port=ports[0],
+            folder=self.folder,
+            nodes="\n".join(lines),
+        )
         (self.folder / "slurm.conf").write_text(conf)
         (self.folder / "cgroup.conf").write_text(CGROUP)
         (self.folder / "gres.conf").write_text(f"Name=gpu File={self.folder}/gpu[0-1]\n")
@@ -176,7 +208,7 @@ class Cluster:
         )
         self.call("slurmctld")
         for node in range(self.nodes):
-            self.call("slurmd", "-N", f"n{node}")
+            subprocess.run([*self.prefix(node), "slurmd", "-N", f"n{node}"], env=self.environment, check=True)
         self._wait_idle()
 
     def _wait_idle(self) -> None:
@@ -260,14 +292,17 @@ def main() -> int:
     """The command line: a cluster for as long as a shell or a command runs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nodes", type=int, default=3)
+    parser.add_argument("--hosts", action="store_true", help="nodes on a network of their own, not on loopback")
     parser.add_argument("command", nargs="*", help="default: a shell")
     options = parser.parse_args()
     if (why := missing()) is not None:
         print(f"slurm_cluster: {why}", file=sys.stderr)
         return 2
-    with Cluster(options.nodes) as cluster:
+    with ExitStack() as stack:
+        hosts = stack.enter_context(Lab(options.nodes + 1)) if options.hosts else None
+        cluster = stack.enter_context(Cluster(options.nodes, hosts))
         print(cluster.call("sinfo"), end="", flush=True)
-        command = options.command or [os.environ.get("SHELL", "/bin/bash")]
+        command = [*cluster.prefix(options.nodes), *(options.command or [os.environ.get("SHELL", "/bin/bash")])]
         return subprocess.run(command, env=cluster.environment, check=False).returncode
 
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from slurm_cluster import Cluster
+from slurm_cluster import Cluster, Lab, no_lab
 from tenko_run import WHOLE, Done, environment, run_arguments, tenko
 
 from tenko.launch.pulse import read_all
@@ -17,7 +17,7 @@ from tenko.launch.spawn import last_update
 from tenko.launch.world import World
 
 pytestmark = pytest.mark.torchrun
-LONG = {**WHOLE, "train.max_update": "600", "train.save_interval": "100", "train.valid_interval": "300"}
+LONG = {**WHOLE, "train.max_update": "300", "train.save_interval": "50", "train.valid_interval": "150"}
 """Long enough to be told to stop twice."""
 SHORT = {**WHOLE, "train.max_update": "20", "train.save_interval": "10", "train.valid_interval": "20"}
 TENKO = [sys.executable, "-m", "tenko.launch.cli"]
@@ -142,21 +142,27 @@ def test_seeds_share_nodes_as_tasks_of_an_array_one_worker_a_task(
 def test_ahead_of_the_time_limit_a_run_saves_and_is_queued_again_but_not_when_cancelled(
     cluster: Cluster, small_tsv: Path, tmp_path: Path
 ) -> None:
-    """SLURM looks at time limits every 30 s: the job has 2 minutes, and may be told from its fifth second on."""
+    """SLURM looks at time limits every 30 s: the job has 2 minutes, and is told after 20 to 50 s; where it does not
+    train yet there is nothing to save, and the next start is told."""
     run = tmp_path / "run"
     settings = {**LONG, "train.max_update": "100000", "train.valid_interval": "100000"}
-    options = ["--workers-per-node", "1", "--time", "2", "--notice", "115"]
+    options = ["--workers-per-node", "1", "--time", "2", "--notice", "100"]
     (job,) = job_ids(launch(cluster, small_tsv, run, *options, **settings))
-    cluster.until(lambda: len(history(run)) == 3, "the second start")
-    assert history(run) == ["0 begins on n0", "0 ended with 75", "1 begins on n0"]
-    saved = last_update(run)
-    assert saved, "an update that no save interval ends"
-    assert f"saved at update {saved}" in (run / "logs" / f"slurm-{job}.out").read_text()
-    wait_for_update(cluster, run, saved + 1, ranks=1)
+    log = run / "logs" / f"slurm-{job}.out"
+
+    def saved() -> list[str]:
+        return re.findall(r"saved at update (\d+)", log.read_text() if log.exists() else "")
+
+    cluster.until(lambda: bool(saved()), "a save on notice", timeout=180)
+    cluster.until(lambda: history(run)[-1].endswith("begins on n0"), "the next start")
+    told = history(run)
+    assert {line.partition(" ")[2] for line in told} == {"begins on n0", "ended with 75"}
+    assert last_update(run) == int(saved()[0])
+    wait_for_update(cluster, run, int(saved()[0]) + 1, ranks=1)
     cluster.call("scancel", job)
     cluster.wait(job, "CANCELLED")
     assert "CANCELLED" in status(cluster, run)
-    assert len(history(run)) == 3, "its script was ended, and put nothing into the queue"
+    assert history(run) == told, "its script was ended, and put nothing into the queue"
 
 
 def test_an_error_of_the_users_ends_the_job(cluster: Cluster, small_tsv: Path, tmp_path: Path) -> None:
@@ -169,24 +175,49 @@ def test_an_error_of_the_users_ends_the_job(cluster: Cluster, small_tsv: Path, t
     assert "FAILED on n0 (NonZeroExitCode) exit 2:0" in status(cluster, run)
 
 
-@pytest.mark.parametrize("mpi", ["none", "pmi2", "pmix"])
-def test_srun_alone_starts_workers_that_find_one_another(
-    cluster: Cluster, small_tsv: Path, tmp_path: Path, mpi: str
-) -> None:
-    """Two nodes here have one host name, by which PMIx takes them for one: with it on one node only."""
-    nodes, tasks = ("1", 2) if mpi == "pmix" else ("2", 3)
-    where = ["srun", f"--mpi={mpi}", "--overlap", "-N", nodes]
+MEET = """
+import os, sys, torch, torch.distributed as dist
+from tenko.launch.job import Job
+from tenko.launch.world import World
+job = Job.join(World.detect())
+job.init_group()
+total = torch.tensor([float(job.world.rank)])
+dist.all_reduce(total)
+with open(f"{sys.argv[1]}/{job.world.rank}", "w") as file:
+    file.write(repr((job.world, total.item(), os.environ["GLOO_SOCKET_IFNAME"], os.environ["MASTER_ADDR"])))
+"""
+
+
+def meet(cluster: Cluster, folder: Path, mpi: str, nodes: int, tasks: int) -> list[tuple[World, float, str, str]]:
+    """What each of so many tasks finds out, with nothing set but by srun."""
+    where = [*cluster.prefix(cluster.nodes), "srun", f"--mpi={mpi}", "--exclusive", "-N", str(nodes)]
     if call(cluster, [*where, "true"]).code:
         pytest.skip(f"this SLURM cannot --mpi={mpi} (Debian's plugin for PMIx wants libpmix-dev)")
-    code = "import sys; from tenko.launch.job import Job; from tenko.launch.world import World; "
-    code += "job = Job.join(World.detect()); job.from_rank0('x', 1); job.init_group(); w = job.world; "
-    code += "import torch; import torch.distributed as dist; t = torch.tensor([float(w.rank)]); dist.all_reduce(t); "
-    code += "open(f'{sys.argv[1]}/{w.rank}', 'w').write(repr((w, t.item())))"
-    done = call(cluster, [*where, "-n", str(tasks), sys.executable, "-c", code, str(tmp_path)])
-    assert done.code == 0, done
-    worlds = [eval((tmp_path / str(rank)).read_text(), {"World": World}) for rank in range(tasks)]
-    assert [total for _, total in worlds] == [sum(range(tasks))] * tasks
+    there = {name: value for name, value in environment().items() if name != "GLOO_SOCKET_IFNAME"}
+    command = [*where, "-n", str(tasks), sys.executable, "-c", MEET, str(folder)]
+    done = subprocess.run(command, env={**there, **cluster.environment}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done
+    return [eval((folder / str(rank)).read_text(), {"World": World}) for rank in range(tasks)]
+
+
+@pytest.mark.parametrize(("mpi", "nodes"), [("none", 2), ("pmix", 1)])
+def test_srun_alone_starts_workers_that_find_one_another(
+    cluster: Cluster, tmp_path: Path, mpi: str, nodes: int
+) -> None:
+    """Two nodes here have one host name, by which PMIx takes them for one: with it on one node only."""
+    met = meet(cluster, tmp_path, mpi, nodes, tasks=nodes + 1)
     places = [(0, 0, 2), (0, 1, 2), (1, 0, 1)]
-    for rank, (world, _) in enumerate(worlds):
-        assert (world.launcher, world.rank, world.size, world.nodes) == ("srun", rank, tasks, int(nodes))
+    for rank, (world, total, interface, address) in enumerate(met):
+        assert (world.launcher, world.rank, world.size, world.nodes) == ("srun", rank, nodes + 1, nodes)
         assert (world.node, world.local_rank, world.local_size) == places[rank]
+        assert (total, interface, address) == (sum(range(nodes + 1)), "lo", "127.0.0.1")
+
+
+def test_on_hosts_of_their_own_workers_meet_at_the_first_nodes_address(cluster: Cluster, tmp_path: Path) -> None:
+    """Names of nodes resolve nowhere here: SLURM knows their addresses."""
+    if (why := no_lab()) is not None:
+        pytest.skip(why)
+    with Lab(3) as hosts, Cluster(2, hosts) as apart:
+        met = meet(apart, tmp_path, "none", 2, tasks=2)
+    assert [world.node for world, *_ in met] == [0, 1]
+    assert [found for _, *found in met] == [[1.0, "e0", hosts.address(0)]] * 2
