@@ -329,6 +329,7 @@ def main() -> int:
     link = None
     # mpirun sends USR1 on to every rank. It is a notice to the workers: they save, and then let this server go.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    wire.end_with_parent()
     wire.abort_on_exceptions()
     try:
         link = wire.join(wire.SERVER)

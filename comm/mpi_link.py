@@ -9,6 +9,8 @@ Notable:
 
 from __future__ import annotations
 
+import ctypes
+import signal
 import socket
 import struct
 import sys
@@ -259,6 +261,15 @@ def join(role: int, comm: Any = None) -> Link:
             "mpirun -n W python worker.py : -n S python -m tenko.comm.dedicated"
         )
     return link
+
+
+def end_with_parent() -> None:
+    """From now on the kernel ends this process when MPI's daemon, which has started it, is gone.
+
+    A daemon that is cut off from mpirun may leave without ending its ranks.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def abort_on_exceptions(comm: Any = None) -> Callable[[], None]:

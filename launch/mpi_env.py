@@ -71,8 +71,9 @@ class Mpi:
             from mpi4py import MPI
         except (ImportError, RuntimeError) as error:  # RuntimeError: there is no MPI library
             raise ValueError(f"mpirun: mpi4py is needed (pip install tenko[mpi]): {error}") from None
-        from tenko.comm.mpi_link import WORKER, meet
+        from tenko.comm.mpi_link import WORKER, end_with_parent, meet
 
+        end_with_parent()
         link = meet(WORKER)
         ranks = MPI.COMM_WORLD.Get_group().Incl(link.workers)
         workers = MPI.COMM_WORLD.Create_group(ranks)
