@@ -33,7 +33,6 @@ from tenko.nmt.trainer import Trainer
 from tenko.nmt.trainer_state import load_weights
 
 from .files import read_json, write_json_atomic
-from .lottery_report import ROW, write_plots
 from .rundir import ARTEFACT, CHECKPOINTS, RESULT, RunDirectory, StageContext
 from .stage_results import HYPOTHESES, write_and_measure
 from .stage_tools import check_patterns, open_corpus, read_model, start
@@ -234,6 +233,8 @@ def _finish(stage: _Stage, last: Path, started: float) -> None:
     shutil.copyfile(last / HYPOTHESES, context.directory / HYPOTHESES)
     results = [read_json(context.directory / this.folder / RESULT) for this in lottery.rounds(stage.config)]
     dense = {**read_json(stage.dense / RESULT), "round": 0, "fraction_remaining": 1.0}
+    from .lottery_report import ROW, write_plots  # draws: a training needs no matplotlib
+
     rows = [{key: result.get(key) for key in ROW} for result in [dense, *results]]
     write_plots(context.directory, {context.stage.name: rows})
     seconds = round(time.monotonic() - started, 3)

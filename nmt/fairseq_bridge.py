@@ -3,6 +3,8 @@
 Where fairseq needs help, and what is done about it here:
 
 - Importing it takes seconds, prints advice about packages that translation doesn't need and sets up logging: muted.
+  Half of the time would go to packages that only speech, classification, trackers of its own and other optimizers take:
+  they are kept out while it is imported.
 - Official 0.12.2 does not import on Python 3.11; the maintained build is `ve-fairseq`, whose version is checked.
 - A criterion asks the model for `get_normalized_probs`, which a DDP wrapper hides: `ModelWithLoss` puts model and loss
   into one module, so that DDP wraps both and its hooks see one forward.
@@ -29,6 +31,7 @@ import warnings
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -43,13 +46,42 @@ warnings.filterwarnings("ignore", "Support for mismatched key_padding_mask", Use
 PAD, EOS = 1, 2
 
 
+_OPTIONAL = ("wandb", "deepspeed", "tensorboardX", "torch.utils.tensorboard")
+"""fairseq does without these, where they are not installed."""
+_UNUSED = ("sklearn", "sklearn.metrics", "scipy", "scipy.stats")
+"""Here it takes functions from at import, for criterions and tasks that nothing of tenko asks for."""
+
+
+class _Unused(ModuleType):
+    """Stands for a module of which nothing is called."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+@contextlib.contextmanager
+def _kept_out() -> Iterator[None]:
+    """`_OPTIONAL` and `_UNUSED` are not imported; afterwards they can be, by whoever needs them."""
+    optional = [name for name in _OPTIONAL if name not in sys.modules]
+    unused = [name for name in _UNUSED if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(optional))  # type: ignore[arg-type]  # None: an ImportError
+    sys.modules.update({name: _Unused(name) for name in unused})
+    try:
+        yield
+    finally:
+        for name in optional + unused:
+            sys.modules.pop(name, None)
+
+
 def _import_fairseq() -> Any:
     loggers_before = logging.root.level
     stdout, sys.stdout = sys.stdout, io.StringIO()  # fairseq prints advice on optional packages
     try:
         logging.disable(logging.INFO)
-        import fairseq
-        import fairseq.models.transformer
+        with _kept_out():
+            import fairseq
+            import fairseq.models.transformer
     except ImportError as error:
         raise ValueError(f"fairseq: cannot be imported ({error}); install ve-fairseq=={KNOWN_VERSIONS[-1]}") from error
     finally:

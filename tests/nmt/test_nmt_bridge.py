@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import fairseq
@@ -14,6 +16,16 @@ from tenko.nmt import fairseq_bridge
 from tenko.nmt.config import DecodeConfig, ModelConfig
 from tenko.nmt.corpus import Corpus
 from tenko.nmt.fairseq_bridge import EOS, PAD, Beam, ModelWithLoss, build_model, collate, load_dictionary, model_args
+
+
+def test_importing_it_takes_no_package_that_translation_does_without() -> None:
+    code = (
+        "import sys; import tenko.launch.stages; "
+        "print([name for name in ('sklearn', 'scipy', 'wandb', 'deepspeed', 'matplotlib') if name in sys.modules]); "
+        "import fairseq.logging.progress_bar as bar; assert bar.wandb is None; import matplotlib"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
 
 
 def test_what_the_recipe_says_reaches_fairseqs_options() -> None:
