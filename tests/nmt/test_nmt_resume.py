@@ -10,7 +10,7 @@ import pytest
 import torch
 from toy_training import Cut, differing, snapshot, toy_model, toy_trainer, train, validations
 
-from tenko.nmt import checkpoint, saver
+from tenko.nmt import checkpoint, saver, trainer_state
 from tenko.nmt.corpus import Corpus
 from tenko.nmt.trainer_state import final_weights
 from tenko.nmt.validate import Validator
@@ -195,3 +195,34 @@ def test_a_checkpoint_of_another_model_is_refused(small_corpus: Corpus, tmp_path
 
 def test_nothing_to_resume_from_is_not_an_error(small_corpus: Corpus, tmp_path: Path) -> None:
     assert not toy_trainer(small_corpus, tmp_path / "nowhere").resume()
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_deepspeeds_shares_of_adams_state_are_never_lost_in_silence(
+    small_corpus: Corpus, tmp_path: Path, world: int
+) -> None:
+    trainer = toy_trainer(small_corpus, tmp_path)
+    trainer.update()
+    trainer.save()
+    folder = checkpoint.path_of(tmp_path, 1)
+    weights, state, own = checkpoint.load(folder)
+    state |= {"optimizer": None, "world": world, "micro_batches": 2}  # as ZeRO leaves it
+    checkpoint.save(folder, model_state=weights, state=state, rank_state=own)
+    again = toy_trainer(small_corpus, tmp_path)
+    with pytest.raises(
+        ValueError, match=rf"\A{folder}: .*in shares of {world} workers; go on with {world} workers.*\Z"
+    ):
+        trainer_state.restore(again, folder, check=False)
+
+
+def test_a_checkpoint_of_before_micro_batches_were_counted_goes_on(
+    small_corpus: Corpus, tmp_path: Path, uncut: Run
+) -> None:
+    train(toy_trainer(small_corpus, tmp_path, **SETTINGS), small_corpus, cut=4)
+    folder = checkpoint.path_of(tmp_path, 3)
+    weights, state, own = checkpoint.load(folder)
+    del state["micro_batches"]
+    checkpoint.save(folder, model_state=weights, state=state, rank_state=own)
+    trainer, start, _ = finish(small_corpus, tmp_path)
+    assert (start, trainer.stream.micro_batches) == (3, 2)
+    assert differing(snapshot(trainer), uncut[0]) == []
