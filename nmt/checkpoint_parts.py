@@ -143,8 +143,13 @@ def _write_json(content: dict[str, str], path: Path) -> None:
 
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        if not path.is_dir():  # some network file systems can't sync a folder, whose files are safe by now
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def sha256(path: Path) -> str:
