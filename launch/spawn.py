@@ -274,11 +274,16 @@ def adopt_parent() -> None:
     """
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # `Notice.listen` takes TERM later
         signal.signal(number, signal.SIG_DFL)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    end_with_parent()
     if os.getppid() != int(os.environ[PARENT]):  # it ended before the line above
         os.kill(os.getpid(), signal.SIGKILL)
     show_stacks_on_request()
+
+
+def end_with_parent() -> None:
+    """Let the kernel end this process when the one that started it ends, however."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def show_stacks_on_request() -> None:

@@ -43,7 +43,7 @@ from .peers import PeersWatchdog
 from .progress import Reporter, ReporterHandler
 from .recipe import load
 from .rundir import LOGS, REPORT, RunDirectory, RunLock, StageContext
-from .spawn import PARENT, adopt_parent, limit_threads, raise_on_signals
+from .spawn import PARENT, adopt_parent, end_with_parent, limit_threads, raise_on_signals
 from .world import World
 
 Runners = Mapping[str, Callable[[StageContext], None]]
@@ -130,6 +130,8 @@ def _standalone(arguments: argparse.Namespace, runners: Runners | None) -> NoRet
             # TERM from torchrun or mpirun follows another worker's end; from SLURM's daemon it is the notice.
             ends_at_once = None if world.launcher == "srun" else os.getppid()
             listen = world.launcher != "alone"
+            if world.launcher == "torchrun":
+                end_with_parent()  # torchrun killed leaves its workers behind
             job = Job.join(world, run_dir / LOGS, mpi=mpi, listen=listen, ends_at_once=ends_at_once)
             if listen:
                 stack.enter_context(PeersWatchdog(job, run_dir / LOGS, recipe.hang_timeout))
@@ -138,7 +140,8 @@ def _standalone(arguments: argparse.Namespace, runners: Runners | None) -> NoRet
             run_stages(run, job=job, first=first, resume=resume, runners=runners)
             _leave_group()
     except Stopped as error:
-        code = STOPPED
+        # torchrun would start anew what it takes for a failure, and says 1 whatever its workers say.
+        code = 0 if world.launcher == "torchrun" else STOPPED
         if world.rank == 0:
             print(f"tenko: {error}", file=sys.stderr)
     except KeyboardInterrupt:

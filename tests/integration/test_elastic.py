@@ -242,13 +242,26 @@ def test_a_torchrun_by_hand_on_two_nodes_is_elastic_too(run: Run) -> None:
     command += ["--local-addr", "127.0.0.1", "--max-restarts", "2", "-m", "elastic_worker"]
     command += [str(HERE.parents[1] / "recipes" / "tiny.yaml"), f"train.max_update={UPDATES}"]
     command += ["train.warmup_updates=1", "--run-dir", str(run.directory)]
-    environment = run.environment("kill:3:7", GLOO_SOCKET_IFNAME="lo")
-    pipe = subprocess.PIPE
-    nodes = [
-        subprocess.Popen(command, cwd=run.folder, env=environment, text=True, stdout=pipe, stderr=pipe)
-        for _ in range(2)
-    ]
+
+    def go(fault: str, **more: str) -> list[subprocess.Popen[str]]:
+        environment = run.environment(fault, GLOO_SOCKET_IFNAME="lo", **more)
+        pipe = subprocess.PIPE
+        return [
+            subprocess.Popen(command, cwd=run.folder, env=environment, text=True, stdout=pipe, stderr=pipe)
+            for _ in range(2)
+        ]
+
+    nodes = go("kill:3:7", PACE="0.3")
+    run.until(lambda beats: (run.directory / "fault").exists(), *nodes)
+    beats = run.wait_for(8, *nodes)  # started anew
+    os.kill(beats[2].pid, signal.SIGUSR1)  # a notice to one worker stops all
     ends = [finish(node) for node in nodes]
     assert [done.code for done in ends] == [0, 0], ends
+    errors = "\n".join(ends[0].errors + ends[1].errors)
+    said = re.search(r"stopped on notice, saved at update (\d+); the same command goes on", errors)
+    assert said, ends
+    ends = [finish(node) for node in go("")]
+    assert [done.code for done in ends] == [0, 0], ends
+    assert ("4", said[1]) in RANKS_FROM.findall(ends[0].out + ends[1].out)
     assert run.result()["weights"] == expected()
     assert run.result()["world"] == 4
