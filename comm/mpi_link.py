@@ -9,11 +9,12 @@ Notable:
 
 from __future__ import annotations
 
-import ctypes
+import os
 import signal
 import socket
 import struct
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -264,12 +265,19 @@ def join(role: int, comm: Any = None) -> Link:
 
 
 def end_with_parent() -> None:
-    """From now on the kernel ends this process when MPI's daemon, which has started it, is gone.
+    """From now on this process ends when MPI's daemon, which has started it, is gone.
 
-    A daemon that is cut off from mpirun may leave without ending its ranks.
+    A daemon that is cut off from mpirun may leave without ending its ranks. (The kernel's PR_SET_PDEATHSIG would take
+    the end of the daemon's thread that has started this process for the daemon's.)
     """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True, name="tenko parent").start()
 
 
 def abort_on_exceptions(comm: Any = None) -> Callable[[], None]:

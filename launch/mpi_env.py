@@ -78,9 +78,9 @@ class Mpi:
         ranks = MPI.COMM_WORLD.Get_group().Incl(link.workers)
         workers = MPI.COMM_WORLD.Create_group(ranks)
         world = _world(MPI, workers)
-        for name in _SIZES:  # accelerate reads these: servers are not of its world
-            if name in os.environ:
-                os.environ[name] = str(world.size)
+        for size in _SIZES:  # accelerate reads these: servers are not of its world
+            if size in os.environ:
+                os.environ[size] = str(world.size)
         listener = None
         if name := os.environ.get(INTERFACE):
             address_of(name)
