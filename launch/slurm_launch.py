@@ -20,6 +20,7 @@ from pathlib import Path
 from . import recipe as recipes
 from .errors import BAD_INPUT, RunFailed
 from .files import read_json, write_json_atomic, write_text_atomic
+from .mpi_env import check_servers
 from .recipe import Recipe
 from .rundir import LOGS, RunDirectory, RunLock
 from .slurm_query import ENDED, JobState, ask, check, job_state, submit
@@ -75,6 +76,7 @@ def launch(
     count = workers or request.gpus or recipes.load(recipe_path, list(overrides)).workers
     given = [*overrides, f"workers={count}"]
     recipe = recipes.load(recipe_path, given)
+    check_servers(recipe.comm, None)
     request = replace(
         request,
         name=recipe.name,

@@ -160,13 +160,9 @@ class Cluster:
             time.sleep(0.1)
 
     def fail(self, node: int) -> None:
-        """Declare a node down, as slurmctld does by itself when it hears nothing of one for SlurmdTimeout."""
+        """Declare a node down, as slurmctld does by itself when it hears nothing of one for SlurmdTimeout. Its slurmd
+        lives, by which it comes back a moment later (ReturnToService)."""
         self.call("scontrol", "update", f"NodeName=n{node}", "State=DOWN", "Reason=test")
-
-    def mend(self, node: int) -> None:
-        """Bring it back, and wait for all nodes to be idle."""
-        self.call("scontrol", "update", f"NodeName=n{node}", "State=RESUME", check=False)  # it may have come by itself
-        self._wait_idle()
 
     def _start(self) -> None:
         ports = _free_ports(self.nodes + 1)
