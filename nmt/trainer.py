@@ -29,6 +29,7 @@ from . import checkpoint, distributed, precision, trainer_state
 from .batches import UpdateStream, to_device
 from .config import TrainConfig
 from .fairseq_bridge import ModelWithLoss
+from .figures import Sums, check_overflows, train_line
 from .saver import Content, Saver
 from .schedule import learning_rate
 from .shares import Shares
@@ -153,15 +154,15 @@ class Trainer:
                     self.engine.backward(loss * normaliser, last=last)
                 else:
                     self.scaler.scale(loss * normaliser).backward()
-            self._loss += loss.detach()
-            self._nll += nll.detach()
+            self.sums.loss += loss.detach()
+            self.sums.nll += nll.detach()
         if self.route is not None:
             self.route.waits.end()
         self._step()
         for technique in self.techniques:
             technique.after_update(self.updates)
         self.updates = number
-        self._tokens += work.target_tokens
+        self.sums.tokens += work.target_tokens
 
     def _seed(self, *place: int) -> None:
         """Dropout depends on the seed, the update and the number of the micro-batch in it: not on ranks, and nothing of
@@ -176,12 +177,12 @@ class Trainer:
 
     def _step(self) -> None:
         if self.engine is not None:
-            self._norm, overflow = self.engine.step()
-            self._overflows += overflow
+            self.sums.norm, overflow = self.engine.step()
+            self.sums.overflows += overflow
             return
         if self.dedicated is not None:
-            self._norm, overflow = self.dedicated.make_update(self.scaler)
-            self._overflows += overflow
+            self.sums.norm, overflow = self.dedicated.make_update(self.scaler)
+            self.sums.overflows += overflow
             self.optimizer.zero_grad(set_to_none=True)
             return
         self.scaler.unscale_(self.optimizer)
@@ -199,8 +200,8 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self._overflows += overflow
-        self._norm = norm
+        self.sums.overflows += overflow
+        self.sums.norm = norm
 
     # The loop
 
@@ -276,54 +277,35 @@ class Trainer:
         return 0 < self.config.patience <= self.best.since
 
     def _reset_figures(self) -> None:
-        self._loss = torch.zeros((), device=self.device)
-        self._nll = torch.zeros((), device=self.device)
-        self._overflows = torch.zeros((), device=self.device)
-        self._norm = torch.zeros((), device=self.device)
-        self._tokens = 0
-        self._seconds_before = self.seconds
+        self.sums = Sums.begin(self.device, self.seconds)
 
     def _figures(self, started: float) -> dict[str, Any]:
         """The figures since the last call: here, and only here, the loop waits for the device."""
-        local = [self._loss.item(), self._nll.item()]
+        local = [self.sums.loss.item(), self.sums.nll.item()]
         self.shares.end(logged=True)
-        loss, nll, *seconds = distributed.sum_over_ranks([*local, *self.shares.read()], self.device)
+        loss, nll, data, exchange, all_seconds = distributed.sum_over_ranks([*local, *self.shares.read()], self.device)
         self.seconds += time.perf_counter() - started
-        data, exchange = (part / max(seconds[2], 1e-9) for part in seconds[:2])
-        tokens = max(self._tokens, 1)
-        nll /= tokens
-        overflows = int(self._overflows.item())
         figures: dict[str, Any] = {
             "kind": "train",
             "update": self.updates,
             "epoch": round(self.stream.epoch(self.updates), 3),
-            "loss": loss / tokens,
-            "nll": nll,
-            "ppl": math.exp(min(nll, 100)) if math.isfinite(nll) else math.inf,
             "lr": self.optimizer.param_groups[0]["lr"],
-            "grad_norm": self._norm.item(),
-            "tokens_per_second": self._tokens / max(self.seconds - self._seconds_before, 1e-9),
-            "seconds": self.seconds,
-            # means over ranks, of the time of updates; see shares.py
-            "share_compute": 1 - data - exchange,
-            "share_exchange": exchange,
-            "share_data": data,
+            **train_line(
+                self.sums,
+                loss=loss,
+                nll=nll,
+                seconds=self.seconds,
+                data=data,
+                exchange=exchange,
+                all_seconds=all_seconds,
+            ),
         }
+        overflows = int(self.sums.overflows.item())
         if overflows:
             figures["overflows"] = overflows
         if self.scaler.is_enabled():
             figures["scale"] = self.scaler.get_scale()
-            if figures["scale"] < self.config.min_loss_scale:
-                raise ValueError(
-                    f"train.min_loss_scale: the loss scale fell to {figures['scale']:g} at update {self.updates}, "
-                    f"below {self.config.min_loss_scale:g}: gradients overflow again and again; lower train.lr or use "
-                    "precision: bf16 or fp32"
-                )
-        elif overflows >= 10 or (overflows and overflows == self.config.log_interval > 1):
-            raise ValueError(
-                f"train.lr: training diverged, {overflows} of the last {self.config.log_interval} updates to "
-                f"{self.updates} had a non-finite gradient; lower train.lr, or set train.clip_norm"
-            )
+        check_overflows(self.config, self.updates, overflows, figures.get("scale"))
         if self.route is not None:
             figures["wire_bytes"] = self.route.meter.bytes_sent
             figures["wire_fp32_bytes"] = self.route.meter.fp32_bytes
@@ -443,12 +425,3 @@ class Trainer:
         self.best = Best(*state["best"])
         self.scaler.load_state_dict(state["scaler"])
         self._reset_figures()
-
-    def sums(self) -> list[Any]:
-        """This rank's sums since the last line of metrics, which a resumed run goes on with."""
-        return [self._loss, self._nll, self._overflows, self._tokens, self._seconds_before]
-
-    def take_sums(self, sums: list[Any]) -> None:
-        """Go on with what `sums` gave."""
-        self._loss, self._nll, self._overflows = (s.to(self.device) for s in sums[:3])
-        self._tokens, self._seconds_before = sums[3:]

@@ -46,7 +46,7 @@ def rank_state(trainer: Trainer) -> dict[str, Any]:
     return {
         "route": None if trainer.route is None else trainer.route.state_dict(),
         "engine": None if trainer.engine is None else trainer.engine.state_dict(),
-        "figures": trainer.sums(),
+        "figures": trainer.sums.state(),
     }
 
 
@@ -91,7 +91,7 @@ def restore(trainer: Trainer, folder: Path, *, only_weights: bool = False, check
         trainer.optimizer.load_state_dict(state["optimizer"])
     if trainer.route is not None and own["route"] is not None:
         trainer.route.load_state_dict(own["route"])
-    trainer.take_sums(own["figures"])
+    trainer.sums.take(own["figures"])
 
 
 def _from_others(trainer: Trainer, folder: Path, state: dict[str, Any], before: int) -> None:

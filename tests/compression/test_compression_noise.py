@@ -412,7 +412,7 @@ def test_noise_trains_under_autocast_and_loss_scaling(small_corpus: Corpus, tmp_
     losses = []
     for _ in range(12):
         trainer.update()
-        losses.append(float(trainer._loss) / trainer._tokens)
+        losses.append(float(trainer.sums.loss) / trainer.sums.tokens)
         trainer._reset_figures()
     assert min(losses[-3:]) < losses[0]
     assert trainer.scaler.is_enabled() == (precision == "fp16")
