@@ -42,7 +42,8 @@ def test_each_rank_leaves_a_trace_of_these_updates(tmp_path: Path, small_tsv: Pa
         assert trace["distributedInfo"]["rank"] == rank
         assert trace["distributedInfo"]["world_size"] == 2
         found = ranges(trace)
-        assert [*found] == ["update 5", "update 6", "validate", "update 7"]
+        assert [name for name in found if name.startswith("update")] == ["update 5", "update 6", "update 7"]
+        assert found["update 6"][1] <= found["validate"][0] <= found["validate"][1] <= found["update 7"][0]
         events = [event for event in trace["traceEvents"] if event.get("ph") == "X" and event.get("cat") == "cpu_op"]
         begin, end = found["update 5"][0], found["update 7"][1]
         assert all(begin - 1e4 <= event["ts"] <= end + 1e4 for event in events), "10 ms for what comes between updates"
