@@ -25,7 +25,7 @@ OTHERS = (
 
 
 def write_rows(out: Path, lines: Sequence[Line], *, full: bool) -> None:
-    """Print the table of the ablation; write scaling.json, scaling.md, scaling.png."""
+    """Print the table of the ablation; write scaling.json, scaling.md, scaling.png unless no row is there."""
     measured = [line for line in lines if isinstance(line, dict)]
     cells = [_cells(line, measured[0]) for line in lines if isinstance(line, dict)]
     missing = [line for line in lines if isinstance(line, tuple)]
@@ -41,16 +41,17 @@ def write_rows(out: Path, lines: Sequence[Line], *, full: bool) -> None:
             "nothing to send in the rows with one worker, so that accumulation saves only optimizer steps; and few "
             "updates with large batches end at a worse loss. The workers of + nodes are processes on one machine."
         )
-    text = _text([_COLUMNS, *cells])
-    print(f"\n{text}\n\n" + "\n".join([*notes, *(f"{name}: {why}" for name, why in missing)]))
+    left = [f"{name}: {why}" for name, why in missing]
+    if not measured:
+        print("\n".join(left))
+        return
+    print(f"\n{_text([_COLUMNS, *cells])}\n\n" + "\n".join([*notes, *left]))
     write_json_atomic(out / "scaling.json", {"machine": _machine(), "full": full, "rows": measured})
     commands = [f"{line['name']}\n\n    {line['command']}" for line in measured]
-    left = [f"{name}: {why}" for name, why in missing]
-    picture = ["![Loss by time and tokens/s](scaling.png)"] if measured else []
-    body = [_markdown([_COLUMNS, *cells]), *notes, *picture, "Each row alone:", *commands, *left]
+    picture = "![Loss by time and tokens/s](scaling.png)"
+    body = [_markdown([_COLUMNS, *cells]), *notes, picture, "Each row alone:", *commands, *left]
     write_text_atomic(out / "scaling.md", "\n\n".join(body).strip() + "\n")
-    if measured:
-        _draw(out / "scaling.png", measured)
+    _draw(out / "scaling.png", measured)
     print(f"\nWritten: {', '.join(str(out / f'scaling.{kind}') for kind in ('md', 'json', 'png'))}")
 
 

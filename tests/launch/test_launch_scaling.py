@@ -204,10 +204,11 @@ def test_bad_input_is_one_line(tmp_path: Path, arguments: list[str], message: st
 
 
 def test_what_needs_more_machines_is_a_command_for_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    bench_scaling.bench([], full=True, rows=["nodes"], updates=None, workers=8, out=tmp_path)
+    bench_scaling.bench([], full=True, rows=["nodes"], updates=None, workers=8, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("+ nodes: "))
     assert line.startswith("+ nodes: needs 16 machines; on each of them: tenko run scaling workers=8 ")
-    assert line.endswith(f"--run-dir {tmp_path}/6-nodes --nodes 16 --rendezvous HOST:PORT")
+    assert line.endswith(f"--run-dir {tmp_path}/out/6-nodes --nodes 16 --rendezvous HOST:PORT")
     arguments = shlex.split(line)[line.split().index("scaling") + 1 :]
     assert load(FULL, arguments[: arguments.index("--run-dir")]).workers == 8
     assert loads("{name: x, comm: {overlap: false}, stages: [train]}", "x").comm.overlap is False
