@@ -181,7 +181,7 @@ def test_killed_server_then_a_notice_and_the_run_ends_with_the_uncut_bits(
 def test_mpi_says_who_is_where_and_one_ranks_exception_ends_all(small_tsv: Path, tmp_path: Path) -> None:
     command = [*STAGE, *arguments(tmp_path / "run", small_tsv)]
     (tmp_path / "do").write_text("raise")
-    code, out = start(command, n=3).finish(90)
+    code, out = start(command, n=3).finish(180)
     assert code == 1, out[-4000:]
     assert "internal error: RuntimeError: the second rank has had enough; traceback in" in out
     assert out.count("tenko: error: rank") == 1, "the others say nothing of what they saw of its end"
@@ -208,7 +208,7 @@ def test_killed_worker_and_one_that_hangs_end_all(small_tsv: Path, tmp_path: Pat
     assert "signal 9" in out
 
     (tmp_path / "do").write_text("hang")
-    code, out = start([*command, "hang_timeout=3"], n=3).finish(90)
+    code, out = start([*command, "hang_timeout=3"], n=3).finish(180)
     assert code != 0
     assert re.search(r"tenko: error: worker 1 \(process \d+\) hangs in update 1, no progress for \d+ s; stacks in", out)
     logs = [(tmp_path / "run" / "logs" / f"worker-{rank}.log").read_text() for rank in range(3)]
@@ -227,7 +227,7 @@ def test_what_is_wrong_at_the_start_is_one_line(
     small_tsv: Path, tmp_path: Path, servers: int, settings: dict[str, str], message: str
 ) -> None:
     job = start([*WORKER, *arguments(tmp_path / "run", small_tsv, **settings)], servers=servers)
-    code, out = job.finish(90)
+    code, out = job.finish(180)
     assert code == 2, out[-3000:]
     assert out.count("tenko: error:") == 1, out
     assert message in out
