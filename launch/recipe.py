@@ -48,7 +48,8 @@ class Recipe:
     seed: int = 1
     """Seeds weights, order of batches, dropout and stochastic rounding."""
     workers: int = 1
-    """torchrun processes this machine starts; 1 runs in one process."""
+    """torchrun processes this machine starts; 1 runs in one process. A run that goes on may have another number: a
+    training that has begun keeps its global batch."""
     threads: int = 0
     """CPU threads a worker; 0 divides the machine's cores by the workers. A run that goes on may have another."""
     hang_timeout: float = 600.0

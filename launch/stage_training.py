@@ -155,6 +155,10 @@ def _distribute(
     return wrapped, register(wrapped, make_route(context.recipe.comm, context.recipe.seed))
 
 
+def _workers() -> str:
+    return "1 worker" if distributed.world_size() == 1 else f"{distributed.world_size()} workers"
+
+
 def _run(
     context: StageContext,
     config: TrainConfig,
@@ -170,7 +174,7 @@ def _run(
         parameters = sum(p.numel() for p in trainer.model.parameters())
         reporter.log(
             f"{title}: {parameters / 1e6:.2f}M parameters, {trainer.precision} on {trainer.device}, "
-            f"{distributed.world_size()} workers, {trainer.stream.batches_per_epoch} batches an epoch"
+            f"{_workers()}, {trainer.stream.batches_per_epoch} batches an epoch"
             + (f", goes on from update {trainer.updates}" if trainer.updates else "")
         )
     reporter.start(title, config.max_update, trainer.updates)

@@ -76,8 +76,9 @@ def restore(trainer: Trainer, folder: Path, *, only_weights: bool = False, check
     trainer.stream.micro_batches = micro_batches
     if only_weights:
         return
-    for technique, kept in zip(trainer.techniques, state.get("techniques", []), strict=False):
-        technique.load_state_dict(kept)
+    if kept := state.get("techniques"):  # a training without techniques may be what this one goes on from
+        for technique, own_state in zip(trainer.techniques, kept, strict=True):
+            technique.load_state_dict(own_state)
     if world != before:
         _from_others(trainer, folder, state, before)
         return

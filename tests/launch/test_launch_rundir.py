@@ -37,7 +37,7 @@ def test_a_run_directory_reads_back_its_recipe(tmp_path: Path) -> None:
     [
         ("train.lr=1", "train.lr: 0.005, the recipe now says 1.0"),
         ("data.train={en: a, cs: b}", "data.train: embedded, the recipe now says {'en': 'a', 'cs': 'b'}"),
-        ("workers=3", "workers: 2, the recipe now says 3"),
+        ("seed=3", "seed: 1, the recipe now says 3"),
     ],
 )
 def test_another_recipe_is_refused_and_the_key_named(tmp_path: Path, override: str, difference: str) -> None:
@@ -48,11 +48,11 @@ def test_another_recipe_is_refused_and_the_key_named(tmp_path: Path, override: s
     assert RunDirectory.read(run.path).recipe == load("tiny")
 
 
-def test_threads_and_appended_stages_may_change(tmp_path: Path) -> None:
+def test_threads_workers_and_appended_stages_may_change(tmp_path: Path) -> None:
     path = tmp_path / "r"
     with RunLock(path):
         RunDirectory.create(path, loads(ONE, "a"))
-        longer = RunDirectory.create(path, loads(ONE + "  - quantize\n", "b", ["threads=7"]))
+        longer = RunDirectory.create(path, loads(ONE + "  - quantize\n", "b", ["threads=7", "workers=3"]))
         assert RunDirectory.read(path).recipe == longer.recipe
         with pytest.raises(ValueError, match="began with stages"):
             RunDirectory.create(path, loads(ONE, "a"))
