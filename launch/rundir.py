@@ -35,7 +35,7 @@ CONFIG, LOCK, REPORT, LOGS = "config.yaml", "lock", "report.html", "logs"
 RESULT, METRICS, ARTEFACT, CHECKPOINTS = "result.json", "metrics.jsonl", "artefact", "checkpoints"
 FREE = ("threads", "hang_timeout", "profile", "workers")
 """Settings that may be others when a run goes on, wherever they stand in the recipe: they change none of its results.
-Other workers do in the last bits (a training that has begun keeps its global batch), but must be allowed after a loss."""
+Other workers change the last bits (a training that has begun keeps its global batch), and are allowed all the same."""
 _CHECKPOINT = re.compile(r"update-\d+")
 
 
