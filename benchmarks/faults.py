@@ -34,8 +34,13 @@ SETTINGS = ("hang_timeout=10",)
 
 
 def recover(run_dir: Path, fault: Fault, ranks: int, *processes: subprocess.Popen[str]) -> tuple[float, int]:
-    """Seconds from the fault until `ranks` new workers train, and the updates that they make again."""
-    wait(run_dir, lambda beats: len(beats) >= ranks and min(beat.update for beat in beats) > 12, *processes)
+    """Seconds from the fault until `ranks` new workers train, and the updates that they make again.
+
+    The fault comes later in the training than the one before: what fails at the same update twice is not tried again.
+    """
+    beats = pulse.read_all(run_dir / "logs")
+    after = 12 + max((beat.update for beat in beats), default=0)
+    wait(run_dir, lambda beats: len(beats) >= ranks and min(beat.update for beat in beats) > after, *processes)
     before = pulse.read_all(run_dir / "logs")
     old = {beat.pid for beat in before}
     reached, began = max(beat.update for beat in before), time.time()

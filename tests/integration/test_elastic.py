@@ -54,7 +54,6 @@ def test_a_killed_worker_is_started_anew_from_the_last_checkpoint(run: Run, rank
     [
         ("value:1:7", 2, r"data\.train: the corpus is empty; the same command goes on from update 5", 1),
         ("internal:1:7:always", 1, r"KeyError: 'a surprise'; traceback in .*worker-1\.log; as in the start before", 2),
-        ("memory:0:7:always", 1, r"MemoryError: no room for the batch; .* as in the start before, after update 6", 2),
     ],
 )
 def test_what_would_fail_again_is_not_tried_for_ever(run: Run, fault: str, code: int, words: str, starts: int) -> None:
