@@ -86,7 +86,7 @@ class CommConfig:
     """servers: dedicated: so many updates a worker may be ahead of the slowest; 0 is synchronous, more does not repeat
     to the bit."""
     overlap: bool = True
-    """Exchange gradients in buckets, while backward computes the ones before; false sends them in one piece at its end."""
+    """Exchange gradients in buckets, while backward computes those before; false sends them in one piece at its end."""
     split: tuple[SplitRule, ...] = ()
     """split: the rules. A parameter that none takes, or two, is an error."""
 
