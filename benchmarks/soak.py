@@ -68,7 +68,8 @@ class Run:
     def __init__(self, directory: Path, updates: int, *, restarts: int) -> None:
         self.directory, self.updates = directory, updates
         self.command = [sys.executable, "-m", "tenko.launch.cli", "run", "tiny", f"train.max_update={updates}"]
-        self.command += ["train.log_interval=50", "train.update_freq=2", f"hang_timeout={HANG_SECONDS}"]
+        self.command += [f"train.save_interval={SAVE_INTERVAL}", "train.valid_interval=200", "train.log_interval=50"]
+        self.command += ["train.update_freq=2", f"hang_timeout={HANG_SECONDS}"]
         self.command += ["--run-dir", str(directory), "--max-restarts", str(restarts)]
         self.commands = 0
         self.log = (directory.parent / f"{directory.name}.log").open("ab")

@@ -12,7 +12,9 @@ from pathlib import Path
 WIDTH = 256
 """Bytes of the line, padded: a reader never sees the tail of an older one."""
 IDLE, UPDATE, VALIDATE, SAVE = "idle", "update", "validate", "save"
-"""Phases. Only in UPDATE is a rank expected to move on within `hang_timeout`: the others may take hours."""
+"""Phases."""
+WATCHED = (UPDATE, VALIDATE)
+"""Those in which some rank moves on within `hang_timeout`; the others may take hours."""
 
 
 @dataclass(kw_only=True)

@@ -53,7 +53,7 @@ class Recipe:
     threads: int = 0
     """CPU threads a worker; 0 divides the machine's cores by the workers. A run that goes on may have another."""
     hang_timeout: float = 600.0
-    """Seconds within an update after which a worker that shows no sign of life is ended, its stacks in the logs; 0
+    """Seconds within a training after which a worker that shows no sign of life is ended, its stacks in the logs; 0
     never. A run that goes on may have another."""
     zstd: int | None = None
     """Compress artefacts' files with zstd at this level, 1 to 22; null stores them plain."""

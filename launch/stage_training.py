@@ -29,7 +29,7 @@ from tenko.nmt.validate import Validator
 from .errors import Stopped
 from .metrics import MetricsLog
 from .profile import Profile
-from .pulse import IDLE
+from .pulse import IDLE, VALIDATE
 from .rundir import CHECKPOINTS, METRICS, StageContext
 from .stage_tools import uses_zero
 from .trackers import Trackers
@@ -219,7 +219,9 @@ def _run(
     pulse.update(trainer.updates)
     try:
         trainer.run(
-            validate=Validator(trainer.model, corpus, context.recipe.direction, config),
+            validate=Validator(
+                trainer.model, corpus, context.recipe.direction, config, on_batch=lambda: pulse.phase(VALIDATE)
+            ),
             on_metrics=on_metrics,
             on_update=on_update,
             on_phase=on_phase,

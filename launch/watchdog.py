@@ -1,4 +1,4 @@
-"""Finds workers that hang: no progress inside an update for `hang_timeout` seconds, by their pulses.
+"""Finds workers that hang: no progress inside an update or a validation for `hang_timeout` seconds, by their pulses.
 
 The stacks of all of this node's workers go to their logs, the culprit is named and killed; what follows is as for any
 worker that ends. All workers stand still when one does, and all of them have shown as many signs of life as it: the
@@ -88,19 +88,25 @@ class Watchdog:
                 logger.exception("the watchdog failed")
 
     def _look(self) -> None:
-        pids = self._crew.pids
-        still: dict[int, float] = {}
+        pids, watched = self._crew.pids, False
+        moved: list[float] = []
         for rank, pid in pids.items():
             beat = pulse.read(pulse.path_of(self._log_dir, rank))
             if beat is None or beat.pid != pid:
                 continue
-            before = self._seen.get(rank)
-            if before is None or before[:2] != (pid, beat.beats):
+            if self._seen.get(rank, (0, 0, 0.0))[:2] != (pid, beat.beats):
                 self._seen[rank] = (pid, beat.beats, time.monotonic())
-            elif beat.phase == pulse.UPDATE:
-                still[rank] = time.monotonic() - before[2]
-        if still and max(still.values()) > self._timeout:
-            self._act(pids, max(still.values()))
+            moved.append(self._seen[rank][2])
+            watched = watched or beat.phase in pulse.WATCHED
+        still = time.monotonic() - max(moved, default=time.monotonic())
+        # In a validation one may translate for long while the others wait for it: only when all stand still one hangs.
+        if watched and still > self._timeout and not self._others_move():
+            self._act(pids, still)
+
+    def _others_move(self) -> bool:
+        """Whether a worker of another node has shown a sign of life, by the clock of its machine."""
+        beats = pulse.read_all(self._log_dir) if self._several else []
+        return any(time.time() - beat.time < self._timeout for beat in beats if beat.rank not in self._crew.pids)
 
     def _act(self, pids: dict[int, int], seconds: float) -> None:
         waits = self._dump(pids)
@@ -116,8 +122,10 @@ class Watchdog:
             return
         beat = pulse.read(pulse.path_of(self._log_dir, rank))
         doing = _STATES.get(_state(pid), "" if culprits else "it waits for others, as all do here")
-        number = 0 if beat is None else beat.update + 1
-        message = f"worker {rank} (process {pid}) hangs in update {number}, no progress for {seconds:.0f} s"
+        where = "at the start"
+        if beat is not None:
+            where = f"in update {beat.update + 1}" if beat.phase == pulse.UPDATE else f"after update {beat.update}"
+        message = f"worker {rank} (process {pid}) hangs {where}, no progress for {seconds:.0f} s"
         message += f" ({doing})" if doing else ""
         kind = "hung" if culprits else "waits"
         self._report(rank, kind, f"{message}; stacks in {self._log_dir}/worker-*.log")

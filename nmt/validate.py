@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,10 +37,18 @@ class Validator:
         corpus: gives the split `valid`.
         direction: `en-cs` or `cs-en`.
         config: sentences, batches and beam.
+        on_batch: called after each batch of this rank.
     """
 
-    def __init__(self, model: torch.nn.Module, corpus: Corpus, direction: str, config: TrainConfig) -> None:
-        self.model, self.config = model, config
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        corpus: Corpus,
+        direction: str,
+        config: TrainConfig,
+        on_batch: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.model, self.config, self.on_batch = model, config, on_batch
         self.shards = corpus.split("valid")
         self.source, self.target = direction.split("-")
         self.direction = direction
@@ -67,6 +76,7 @@ class Validator:
                 _, nll = with_loss(to_device(sample, self.device))
             total += nll.item()
             tokens += sample["ntokens"]
+            self.on_batch()
         total, summed = distributed.sum_over_ranks([total, tokens], self.device)
         return total / max(summed, 1)
 
@@ -79,6 +89,7 @@ class Validator:
                 sample = collate([(i, self.shards.tokens(self.source, i), None) for i in kept])
                 found = beam.generate(to_device(sample, self.device))
                 mine += [(index, self.subwords.decode(ids)) for index, ids in found]
+                self.on_batch()
         hypotheses = [""] * len(self.references)
         for part in distributed.gather_json(mine, self.device):
             for index, text in part:
