@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import time
 
 from tenko.launch import job, worker
@@ -27,6 +28,7 @@ def train(context: StageContext) -> None:
     import torch.distributed as dist
 
     this = context.job
+    print(f"rank {this.world.rank} begins", file=sys.stderr, flush=True)  # so that it has a log
     this.init_group()
     rank, size = this.world.rank, this.world.size
     done = sorted(context.checkpoints.glob("update-*")) if context.resume else []
