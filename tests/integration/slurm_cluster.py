@@ -121,7 +121,8 @@ class Cluster:
     @property
     def environment(self) -> dict[str, str]:
         """Variables under which SLURM's commands speak to this cluster."""
-        kept = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "SBATCH"))}
+        others = ("SLURM", "SBATCH", "GLOO_", "MASTER_")  # an interface or address of this process is none of a node's
+        kept = {key: value for key, value in os.environ.items() if not key.startswith(others)}
         return {**kept, "SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": f"{os.environ['PATH']}:{SBIN}"}
 
     def call(self, *command: str | Path, check: bool = True, timeout: float = 60) -> str:
