@@ -10,13 +10,14 @@ from __future__ import annotations
 import logging
 import signal
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-from torch.distributed.elastic.multiprocessing import LogsSpecs
+from torch.distributed.elastic.multiprocessing import LogsSpecs, PContext
 
 from . import pulse
 from .errors import BAD_INPUT, STOPPED, RunFailed
@@ -32,6 +33,11 @@ EXIT_SECONDS = 300
 """How long an agent whose workers are done waits for those of other nodes."""
 ECHO_SECONDS = SILENCE_SECONDS + 2.0
 """How long a broken connection is not the cause yet: another node may be about to tell, or be found lost."""
+
+
+def _close(context: PContext | None, death_sig: signal.Signals | None) -> None:
+    if context is not None:
+        type(context).close(context, death_sig, SHUTDOWN_SECONDS)
 
 
 class Agent(LocalElasticAgent):
@@ -79,8 +85,10 @@ class Agent(LocalElasticAgent):
         pids = super()._start_workers(worker_group)
         context = self._pcontext
         assert context is not None
-        close = context.close  # with its own patience of 30 s where torch calls it for itself
-        context.close = lambda death_sig=None, timeout=0: close(death_sig, SHUTDOWN_SECONDS)  # type: ignore[method-assign]
+        # Torch calls its `close` with a patience of 30 s. A reference to the context itself would keep it, and the logs
+        # that it holds open, beyond its workers.
+        this = weakref.ref(context)
+        context.close = lambda death_sig=None, timeout=0: _close(this(), death_sig)  # type: ignore[method-assign]
         ranks = {worker.local_rank: worker.global_rank for worker in worker_group.workers}
         self._lost = ""
         self._crew.start({ranks[local]: pid for local, pid in pids.items()})
