@@ -244,9 +244,7 @@ def main() -> int:
     print(f"\nweights equal to the run without faults: {'yes' if same else 'NO'}")
     print(f"updates done twice: at most {max(lost)} (a save every {SAVE_INTERVAL}; twice that where one was damaged)")
     print(f"rank 0, late over early in a life: memory x{memory:.3f}, open files {files:+g}")
-    print(
-        f"the parent that lived longest, last quarter over first: memory x{parent_memory:.3f}, open files {parent_files:+g}"
-    )
+    print(f"longest parent, last quarter over first: memory x{parent_memory:.3f}, open files {parent_files:+g}")
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
     # Where the newest checkpoint is damaged, the one before is as old again.
