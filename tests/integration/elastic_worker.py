@@ -28,9 +28,10 @@ def train(context: StageContext) -> None:
     import torch.distributed as dist
 
     this = context.job
-    print(f"rank {this.world.rank} begins", file=sys.stderr, flush=True)  # so that it has a log
     this.init_group()
     rank, size = this.world.rank, this.world.size
+    if size > 1:  # where stderr is a log of its own, which is kept only if something is in it
+        print(f"rank {rank} begins", file=sys.stderr, flush=True)
     done = sorted(context.checkpoints.glob("update-*")) if context.resume else []
     start, weights = (int(done[-1].name[7:]), float(done[-1].read_text())) if done else (0, 0.0)
     total = context.stage.config.max_update
