@@ -20,12 +20,12 @@ from typing import Any
 from tenko.compression.config import LotteryConfig
 from tenko.nmt.config import TrainConfig
 
-from .pulse import IDLE, UPDATE, Beat, read_all
+from .pulse import IDLE, WATCHED, Beat, read_all
 from .recipe import Recipe
 from .rundir import LOCK, LOGS, METRICS, RunDirectory
 
 SILENT = 60.0
-"""Seconds without a sign of life in an update after which a run counts as stalled, unless ten updates take longer."""
+"""Seconds without a sign of life in a training after which a run counts as stalled, unless ten updates take longer."""
 TROUBLES = 5
 """Warnings and errors kept."""
 _LOG_START = 1 << 16
@@ -272,8 +272,10 @@ def training_of(recipe: Recipe, index: int) -> TrainConfig | None:
 def _silent(beats: list[Beat], training: Training | None, now: float) -> Beat | None:
     """The rank that has been silent for longest, if it should have moved on."""
     slow = 10 * ((training.seconds_an_update if training else None) or 0.0)
-    late = [beat for beat in beats if beat.phase == UPDATE and now - beat.time > max(SILENT, slow)]
-    return min(late, key=lambda beat: beat.time, default=None)
+    # While one translates in a validation the others wait for it: somebody hangs when nobody moves.
+    if any(now - beat.time < max(SILENT, slow) for beat in beats):
+        return None
+    return min((beat for beat in beats if beat.phase in WATCHED), key=lambda beat: beat.time, default=None)
 
 
 @dataclass(frozen=True)
