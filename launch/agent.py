@@ -173,7 +173,10 @@ class Agent(LocalElasticAgent):
     def _restart_workers(self, worker_group: WorkerGroup) -> None:
         self._crew.end()
         if worker_group.state == WorkerState.HEALTHY:
-            self._say("a node joins or leaves: all workers start anew")
+            # Another node whose worker has failed may be back for the next start before ours have noticed.
+            failure = first_cause(read_all(self._log_dir, self.rendezvous.round))
+            why = "a node joins or leaves" if failure is None else str(failure.as_error(several=self._several))
+            self._say(f"{why}: all workers start anew")
         else:
             super()._stop_workers(worker_group)
             self._refuse_in_vain(self._first_cause(ECHO_SECONDS))
