@@ -108,20 +108,3 @@ def expected(updates: int = UPDATES) -> float:
     for update in range(1, updates + 1):
         weights = (weights * 31 + sum((item + 1) * update % 7 for item in range(12))) % 1_000_003
     return weights
-
-
-def alive(pids: list[int], seconds: float = 3.0) -> list[int]:
-    """Those that still run (zombies do not), after a moment to end."""
-    deadline = time.monotonic() + seconds
-    while True:
-        left = []
-        for pid in pids:
-            try:
-                state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            if state not in "ZX":
-                left.append(pid)
-        if not left or time.monotonic() > deadline:
-            return left
-        time.sleep(0.05)

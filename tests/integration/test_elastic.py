@@ -16,7 +16,8 @@ import time
 from pathlib import Path
 
 import pytest
-from elastic_run import HERE, UPDATES, Run, alive, expected, finish
+from elastic_run import HERE, UPDATES, Run, expected, finish
+from processes import alive
 
 pytestmark = pytest.mark.torchrun
 RANKS_FROM = re.compile(r"world (\d+) from (\d+)")

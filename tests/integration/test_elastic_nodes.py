@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 from elastic_lab import PORT, Lab, missing, start
-from elastic_run import Run, alive, expected, finish
+from elastic_run import Run, expected, finish
+from processes import alive
 from tenko_run import WHOLE, run_arguments
 from toy_training import differing
 

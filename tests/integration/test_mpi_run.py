@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
+from processes import MPIRUN, needs_mpi
 from tenko_run import environment, result, run_arguments
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -25,12 +24,7 @@ import lab
 
 from tenko.nmt import checkpoint
 
-MPIRUN = Path(sys.executable).with_name("mpirun")
-MPIRUN = MPIRUN if MPIRUN.exists() else Path(shutil.which("mpirun") or "mpirun")
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("mpi4py") is None or not MPIRUN.exists(),
-    reason="needs mpi4py and mpirun: pip install tenko[mpi]",
-)
+pytestmark = needs_mpi
 OPTIONS = ["--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "--mca", "pml", "ob1"]
 WORKER = ["-m", "tenko.launch.worker"]
 STAGE = [str(Path(__file__).with_name("mpi_stage.py"))]

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,17 +15,13 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from processes import MPIRUN, needs_mpi
 
 from tenko.comm.mpi_link import HEADER
 from tenko.comm.server_config import Plan, ServerConfig, Tensors
 
 WORKER = Path(__file__).with_name("mpi_worker.py")
-MPIRUN = Path(sys.executable).with_name("mpirun")
-MPIRUN = MPIRUN if MPIRUN.exists() else Path(shutil.which("mpirun") or "mpirun")
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("mpi4py") is None or not MPIRUN.exists(),
-    reason="needs mpi4py and mpirun: pip install tenko[mpi]",
-)
+pytestmark = needs_mpi
 PRESENT = ["embedding.weight", "hidden.weight", "hidden.bias", "norm.weight", "norm.bias", "out.weight", "out.bias"]
 TENSORS = Tensors(  # as named_parameters gives them, without the frozen ones
     (

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from processes import alive
 
 pytestmark = pytest.mark.torchrun
 
@@ -113,23 +114,6 @@ class Run:
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     return Run(tmp_path)
-
-
-def alive(pids: list[int]) -> list[int]:
-    """Those that still run (zombies do not), after a moment to end."""
-    deadline = time.monotonic() + 2
-    while True:
-        left = []
-        for pid in pids:
-            try:
-                state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            if state not in "ZX":
-                left.append(pid)
-        if not left or time.monotonic() > deadline:
-            return left
-        time.sleep(0.05)
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, list[str]]:
