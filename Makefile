@@ -5,11 +5,13 @@
 # make wheel  build a wheel, install it into an empty environment, run it there
 # make clean  remove what the others made, runs excepted
 #
+# JOBS=1 runs the tests one by one; else two files of them at a time, which takes two cores and 6 GB.
 # PYTHON=python3.12 chooses the interpreter (3.11 or 3.12). Where pip's index gives torch with CUDA and you want none:
 # make demo TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu". For a GPU leave TORCH_ARGS empty.
 
 PYTHON ?= python3
 TORCH_ARGS ?=
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
@@ -23,7 +25,7 @@ demo: $(VENV)/.tenko
 	$(BIN)/tenko run recipes/demo.yaml
 
 test: venv
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(patsubst 1,0,$(JOBS)) --dist loadgroup
 
 venv: $(VENV)/.tenko $(VENV)/.extras
 

@@ -53,6 +53,7 @@ setup(
             "setuptools>=77",
             "psutil>=5",
             "pytest>=8",
+            "pytest-xdist>=3.8",
             "hypothesis>=6",
             "ruff>=0.12",
             "mypy>=1.16",

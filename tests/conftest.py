@@ -18,6 +18,14 @@ if TYPE_CHECKING:
 PAIRS = 420
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """`make test` runs two files at a time. A file stays in one process, since its tests share what they have trained;
+    so do those of SLURM, which share a cluster."""
+    for item in items if config.pluginmanager.hasplugin("xdist") else ():
+        name = "slurm" if "cluster" in getattr(item, "fixturenames", ()) else item.path.name
+        item.add_marker(pytest.mark.xdist_group(name))
+
+
 @pytest.fixture(autouse=True)
 def _own_environment() -> Iterator[None]:
     """What a test sets in this process's environment ends with it: a launcher's variables would mislead later tests."""
