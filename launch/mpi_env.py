@@ -83,7 +83,7 @@ class Mpi:
                 os.environ[size] = str(world.size)
         listener = None
         if name := os.environ.get(INTERFACE):
-            address_of(name)
+            address_of(name, INTERFACE)
             os.environ["GLOO_SOCKET_IFNAME"] = name
         if world.size > 1:
             hosts = [link.hosts[rank] for rank in link.workers]
@@ -169,7 +169,7 @@ def _world(MPI: Any, workers: Any) -> World:
 def _address(world: World, hosts: list[str]) -> str:
     """Where rank 0 listens: at the interface that was named, else where the others' hosts reach this one."""
     if name := os.environ.get("GLOO_SOCKET_IFNAME"):
-        return address_of(name)
+        return address_of(name, "GLOO_SOCKET_IFNAME")
     if world.nodes == 1:
         return "127.0.0.1"
     other = next((host for host in hosts if host != hosts[0]), hosts[0])

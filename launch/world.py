@@ -176,8 +176,12 @@ def interface_to(host: str) -> tuple[str, str]:
     raise ValueError(f"{host}: is reached from {address}, which no interface here has")
 
 
-def address_of(interface: str) -> str:
+def address_of(interface: str, named_by: str = "--interface") -> str:
     """The IPv4 address of an interface of this machine.
+
+    Args:
+        interface: its name.
+        named_by: the option or variable that gave it, for the error.
 
     Raises:
         ValueError: there is none of that name with an address; names those there are.
@@ -185,5 +189,5 @@ def address_of(interface: str) -> str:
     found = interfaces()
     if interface not in found:
         valid = ", ".join(f"{name} ({address})" for name, address in found.items())
-        raise ValueError(f"--interface: {interface}: no interface of this name with an address; valid: {valid}")
+        raise ValueError(f"{named_by}: {interface}: no interface of this name with an address; valid: {valid}")
     return found[interface]

@@ -70,6 +70,8 @@ def test_the_interface_to_this_machine_is_loopback_and_a_strange_one_is_refused(
     assert interfaces()["lo"] == "127.0.0.1" == address_of("lo")
     with pytest.raises(ValueError, match=r"--interface: no0: .*valid: .*lo \(127\.0\.0\.1\)"):
         address_of("no0")
+    with pytest.raises(ValueError, match=r"TENKO_INTERFACE: no0: "):
+        address_of("no0", "TENKO_INTERFACE")
     with pytest.raises(ValueError, match=r"nowhere\.invalid: this name does not resolve"):
         interface_to("nowhere.invalid")
 
