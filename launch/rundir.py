@@ -106,7 +106,8 @@ class RunDirectory:
     def create(cls, path: Path, recipe: Recipe) -> RunDirectory:
         """Make the directory, or go on with one whose recipe agrees. The caller holds its `RunLock`.
 
-        A recipe may differ in `FREE`, and may have more stages at the end.
+        A recipe may differ in `FREE`, and may have more stages at the end; where nothing was trained yet (a file was
+        misnamed, for instance) it may be any other.
 
         Raises:
             ValueError: it belongs to another recipe; names the first key that differs, and both values.
@@ -119,7 +120,10 @@ class RunDirectory:
             except ValueError as error:
                 raise ValueError(f"{error}; {_other(path)}") from None
             difference = first_difference(to_dict(old), to_dict(recipe))
-            if difference is not None:
+            if difference is not None and _is_blank(path):
+                for index in range(len(old.stages)):
+                    shutil.rmtree(cls(path, old).stage_directory(index), ignore_errors=True)
+            elif difference is not None:
                 key, before, now = difference
                 raise ValueError(f"{path}: began with {key}: {before}, the recipe now says {now}; {_other(path)}")
         text = dump(recipe)
@@ -303,6 +307,12 @@ def _difference(old: Any, new: Any, path: str) -> tuple[str, str, str] | None:
                 return key, found[1], found[2]
         return None
     return None if old == new else (path, str(old), str(new))
+
+
+def _is_blank(path: Path) -> bool:
+    """Whether a run directory holds nothing but settings and logs."""
+    files = (file.relative_to(path) for file in path.rglob("*") if not file.is_dir())
+    return all(file.name == CONFIG or file.parts[0] in (LOCK, LOGS) for file in files)
 
 
 def _other(path: Path) -> str:

@@ -14,7 +14,7 @@ from tenko.launch.files import write_json_atomic, write_text_atomic
 from tenko.launch.metrics import MetricsLog, read_metrics
 from tenko.launch.progress import Reporter
 from tenko.launch.recipe import load, loads
-from tenko.launch.rundir import RESULT, RunDirectory, RunLock
+from tenko.launch.rundir import LOGS, METRICS, RESULT, RunDirectory, RunLock
 
 ONE = "name: x\nstages:\n  - train: {max_update: 3}\n"
 
@@ -42,16 +42,28 @@ def test_a_run_directory_reads_back_its_recipe(tmp_path: Path) -> None:
 )
 def test_another_recipe_is_refused_and_the_key_named(tmp_path: Path, override: str, difference: str) -> None:
     run = make(tmp_path / "r")
+    (run.path / "1-train" / METRICS).write_text("{}\n")
     with pytest.raises(ValueError, match="choose another --run-dir") as caught:
         RunDirectory.create(run.path, load("tiny", [override]))
     assert difference in str(caught.value)
     assert RunDirectory.read(run.path).recipe == load("tiny")
 
 
+def test_where_nothing_was_trained_another_recipe_takes_the_place(tmp_path: Path) -> None:
+    run = make(tmp_path / "r")
+    (run.path / LOGS).mkdir()
+    (run.path / LOGS / "worker-0.log").write_text("data: no such file\n")
+    other = RunDirectory.create(run.path, load("scratch", ["train.max_update=5"]))
+    assert RunDirectory.read(run.path).recipe == other.recipe
+    other.context(0, Reporter(enabled=False), writer=True, resume=False)
+    assert "max_update: 5\n" in (run.path / "1-train" / "config.yaml").read_text()
+
+
 def test_threads_workers_and_appended_stages_may_change(tmp_path: Path) -> None:
     path = tmp_path / "r"
     with RunLock(path):
-        RunDirectory.create(path, loads(ONE, "a"))
+        (RunDirectory.create(path, loads(ONE, "a")).path / "1-train").mkdir()
+        (path / "1-train" / METRICS).touch()
         longer = RunDirectory.create(path, loads(ONE + "  - quantize\n", "b", ["threads=7", "workers=3"]))
         assert RunDirectory.read(path).recipe == longer.recipe
         with pytest.raises(ValueError, match="began with stages"):
