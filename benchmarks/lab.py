@@ -196,16 +196,17 @@ class Lab:
             process.wait()
         self._running.clear()
 
-    def shape(self, rate: str) -> None:
-        """Gives all links another rate, while programs run."""
+    def shape(self, rate: str, host: int | None = None) -> None:
+        """Gives all links another rate, or a host's alone, while programs run."""
         bits_per_second(rate)
-        for i in range(self.hosts):
+        for i in range(self.hosts) if host is None else (host,):
             for namespace, device in ((self.name(i), "e0"), (self._switch, f"p{i}")):
                 tc = ["tc", "-n", namespace, "qdisc"]
                 subprocess.run([*tc, "delete", "dev", device, "root"], capture_output=True, check=False)
                 if rate != UNSHAPED:
                     _check([*tc, "add", "dev", device, *_tbf(rate).split()])
-        self.rate = rate
+        if host is None:
+            self.rate = rate
 
     def cut(self, host: int) -> None:
         """Pulls a host's cable: its packets and those to it are lost, nobody is told."""

@@ -101,7 +101,7 @@ def describe(document: dict[str, Any]) -> str:
     computes = sorted({c for r in good for c in r["steps"]}, key=float)
     lines = ["Speed-up over one worker, measured (n times the computation's time over the step's):", ""]
     lines += ["| computation, s | link | n | " + " | ".join(peers) + " |", "|---|---|---|" + "---|" * len(peers)]
-    loses = []
+    loses: dict[str, list[tuple[float, str]]] = {}
     for compute in computes:
         for rate in dict.fromkeys(r["rate"] for r in good):
             for n in sorted({r["hosts"] for r in good}):
@@ -112,8 +112,13 @@ def describe(document: dict[str, Any]) -> str:
                     if p != BASELINE and p in here and BASELINE in here:
                         share = speed_up(here[p], compute) / speed_up(here[BASELINE], compute)
                         if share < 1:
-                            loses.append(f"{p}, n = {n}, {rate}, {compute} s: {share:.2f} of fp32's")
-    lines += ["", "Where compression loses: " + ("; ".join(loses) or "at none of these points") + ".", ""]
+                            loses.setdefault(p, []).append((share, f"n = {n}, {rate}, {compute} s"))
+    lines += ["", "Where compression loses to fp32:" + ("" if loses else " at none of these points."), ""]
+    for p, points in loses.items():
+        share, where = min(points)
+        each = f", with a speed-up of {share:.2f} to {max(points)[0]:.2f} of its; least at {where}"
+        lines.append(f"- {p}: {len(points)} of {sum(r['peer'] == p for r in good) * len(computes)} points{each}")
+    lines.append("")
     lines += ["The model (`speedup_model.py`), fitted to these exchanges:", ""]
     lines += ["| contestant | gamma, ns an element | bytes an element | median error | largest |"]
     lines += ["|---|---|---|---|---|"]

@@ -139,13 +139,14 @@ def newest_whole(directory: Path) -> tuple[int | None, list[str]]:
 
 
 def set_aside(directory: Path, after: int) -> None:
-    """Rename the checkpoints of later updates, which are damaged: nothing counts them any more."""
-    for update in list_updates(directory):
-        if update > after:
-            folder = path_of(directory, update)
-            aside = folder.with_name(folder.name + ".damaged")
-            shutil.rmtree(aside, ignore_errors=True)
-            folder.rename(aside)
+    """Rename the checkpoints of later updates, which are damaged: nothing counts them any more. They stay to be looked
+    at until others are damaged."""
+    damaged = [path_of(directory, update) for update in list_updates(directory) if update > after]
+    if damaged:
+        for earlier in directory.glob("*.damaged"):
+            shutil.rmtree(earlier, ignore_errors=True)
+    for folder in damaged:
+        folder.rename(folder.with_name(folder.name + ".damaged"))
 
 
 def load(

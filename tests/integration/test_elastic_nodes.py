@@ -1,6 +1,6 @@
 """Nodes of a run on hosts of their own: one is killed, cut off, comes back, hangs; the host that all meet at is lost.
 
-Hosts are network namespaces with a host name each. Their training is the sum of `elastic_worker.py`; the last test is
+Hosts are network namespaces with a host name each. Their training is the sum of `elastic_worker.py`; the last tests are
 of a real one.
 """
 
@@ -14,8 +14,10 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from elastic_lab import PORT, Lab, missing, start
 from elastic_run import Run, expected, finish
 from processes import alive
@@ -24,6 +26,7 @@ from toy_training import differing
 
 from tenko.compression import read_artefact
 from tenko.launch import pulse
+from tenko.launch.metrics import read_metrics
 from tenko.nmt.corpus import Corpus
 
 pytestmark = [pytest.mark.torchrun, pytest.mark.skipif(bool(missing()), reason=str(missing()))]
@@ -105,43 +108,98 @@ def test_a_worker_that_hangs_on_another_node_is_named_on_both(lab: Lab, run: Run
     assert run.result()["weights"] == expected()
 
 
+REAL = {**WHOLE, "workers": "1"}
+"""A real training: 3-bit gradients through our own sockets, which must take the lab's interface, since hosts reach each
+other by no other; accumulation and dropout are on."""
+
+
+def go(lab: Lab, directory: Path, tsv: Path, nodes: str = "2") -> list[subprocess.Popen[str]]:
+    """It, on both hosts."""
+    arguments = [str(a) for a in run_arguments(directory, tsv, **REAL)]
+    return [
+        lab.start(
+            host,
+            [
+                *("env", "-u", "RANK", "-u", "WORLD_SIZE", "-u", "GLOO_SOCKET_IFNAME", "-u", "MASTER_ADDR"),
+                *(sys.executable, "-m", "tenko.launch.cli", *arguments),
+                *("--nodes", nodes, "--rendezvous", f"{lab.address(0)}:{PORT}"),
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for host in range(2)
+    ]
+
+
+def end(node: subprocess.Popen[str]) -> str:
+    """What a node whose run went well said."""
+    out, errors = node.communicate(timeout=150)
+    assert (node.returncode, errors) == (0, ""), (out, errors)
+    return out
+
+
+def saved(directory: Path) -> int:
+    """The process of rank 1, once there is a checkpoint."""
+    deadline = time.monotonic() + 90
+    while not list(directory.glob("1-train/checkpoints/update-????????")):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    beat = pulse.read(directory / "logs" / "pulse-1")
+    assert beat is not None
+    return beat.pid
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    return read_artefact(directory / "1-train" / "artefact")[0]
+
+
+def figures(directory: Path, kind: str) -> list[dict[str, Any]]:
+    return [entry for entry in read_metrics(directory / "1-train" / "metrics.jsonl") if entry["kind"] == kind]
+
+
+@pytest.fixture(scope="module")
+def uncut(tmp_path_factory: pytest.TempPathFactory, small_tsv: Path, small_corpus: Corpus) -> Path:
+    directory = tmp_path_factory.mktemp("uncut") / "run"
+    with Lab(2) as lab:
+        assert ["starts anew" in end(node) for node in go(lab, directory, small_tsv)] == [False, False]
+    return directory
+
+
 def test_a_real_training_on_two_hosts_survives_a_kill_bit_for_bit(
-    lab: Lab, tmp_path: Path, small_tsv: Path, small_corpus: Corpus
+    lab: Lab, tmp_path: Path, small_tsv: Path, uncut: Path
 ) -> None:
-    """3-bit gradients through our own sockets, which must take the lab's interface: hosts reach each other by no
-    other; accumulation and dropout are on."""
-    settings = {**WHOLE, "train.max_update": "60", "workers": "1"}
+    nodes = go(lab, tmp_path / "cut", small_tsv)
+    os.kill(saved(tmp_path / "cut"), signal.SIGKILL)
+    assert ["was ended by SIGKILL" in end(node) for node in nodes] == [True, True]
+    assert differing(weights(uncut), weights(tmp_path / "cut")) == []
 
-    def go(directory: Path) -> list[subprocess.Popen[str]]:
-        arguments = [str(a) for a in run_arguments(directory, small_tsv, **settings)]
-        return [
-            lab.start(
-                host,
-                [
-                    *("env", "-u", "RANK", "-u", "WORLD_SIZE", "-u", "GLOO_SOCKET_IFNAME", "-u", "MASTER_ADDR"),
-                    *(sys.executable, "-m", "tenko.launch.cli", *arguments),
-                    *("--nodes", "2", "--rendezvous", f"{lab.address(0)}:{PORT}"),
-                ],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-            )
-            for host in range(2)
-        ]
 
-    for name in ("uncut", "cut"):
-        nodes = go(tmp_path / name)
-        if name == "cut":
-            deadline = time.monotonic() + 90
-            while not list(tmp_path.glob("cut/1-train/checkpoints/update-*")):
-                assert time.monotonic() < deadline
-                time.sleep(0.02)
-            beat = pulse.read(tmp_path / "cut" / "logs" / "pulse-1")
-            assert beat is not None
-            os.kill(beat.pid, signal.SIGKILL)
-        for node in nodes:
-            out, errors = node.communicate(timeout=150)
-            assert (node.returncode, errors) == (0, ""), (out, errors)
-            if name == "cut":
-                assert "was ended by SIGKILL" in out
-    weights = [read_artefact(tmp_path / name / "1-train" / "artefact")[0] for name in ("uncut", "cut")]
-    assert differing(*weights) == []
+def test_one_slow_link_delays_a_real_training_and_changes_nothing_else(
+    lab: Lab, tmp_path: Path, small_tsv: Path, uncut: Path
+) -> None:
+    nodes = go(lab, tmp_path / "slow", small_tsv)
+    saved(tmp_path / "slow")
+    lab.shape("2mbit", host=1)
+    assert ["starts anew" in end(node) for node in nodes] == [False, False]
+    assert differing(weights(uncut), weights(tmp_path / "slow")) == []
+    shares = [entry["share_exchange"] for entry in figures(tmp_path / "slow", "train")]
+    assert shares[-1] > 0.5 > shares[0], shares
+
+
+def test_a_real_training_goes_on_with_the_node_that_is_left_and_keeps_its_batches(
+    lab: Lab, tmp_path: Path, small_tsv: Path, uncut: Path
+) -> None:
+    nodes = go(lab, tmp_path / "fewer", small_tsv, "1:2")
+    saved(tmp_path / "fewer")
+    lab.shape("2mbit", host=1)  # so that it is not over before the cut
+    lab.cut(1)
+    out = end(nodes[0])
+    nodes[1].communicate(timeout=60)
+    assert nodes[1].returncode == 75
+    assert re.search(r"\(worker 1\) is lost: no sign of life for 10 s; starts anew", out)
+    assert "warning: saved by 2 workers, now 1: the 4 micro-batches of an update are shared anew" in out
+    ends = [figures(directory, "train")[-1] for directory in (uncut, tmp_path / "fewer")]
+    assert [entry["update"] for entry in ends] == [120, 120]
+    assert ends[0]["epoch"] == pytest.approx(ends[1]["epoch"]), "as many sentences were read"
+    losses = [figures(directory, "valid")[-1]["nll"] for directory in (uncut, tmp_path / "fewer")]
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)

@@ -131,6 +131,10 @@ def test_the_newest_whole_one_is_found_and_the_others_are_named(tmp_path: Path) 
     checkpoint.set_aside(tmp_path, 6)
     assert checkpoint.list_updates(tmp_path) == [3, 6]
     assert (tmp_path / "update-00000009.damaged" / "model.safetensors").read_bytes() == b"short"
+    checkpoint.set_aside(tmp_path, 3)
+    assert [path.name for path in sorted(tmp_path.glob("*.damaged"))] == ["update-00000006.damaged"]
+    checkpoint.set_aside(tmp_path, 3)
+    assert len(list(tmp_path.glob("*.damaged"))) == 1, "where nothing is damaged what was set aside stays"
 
 
 def test_a_rank_whose_file_was_never_written_is_missed(tmp_path: Path) -> None:
