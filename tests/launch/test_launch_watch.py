@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import select
 import signal
 import socket
 import subprocess
@@ -124,6 +125,8 @@ def _leaves_the_terminal_whole(directory: Path) -> None:
         shown += os.read(ours, 1 << 16)
     os.kill(process.pid, signal.SIGINT)
     while True:
+        assert select.select([ours], [], [], 30)[0], "it goes on after Ctrl-C, or is stuck"
+        assert time.monotonic() < deadline, "it goes on after Ctrl-C"
         try:
             block = os.read(ours, 1 << 16)
         except OSError:  # Linux: the last other end was closed
