@@ -92,7 +92,8 @@ def table(results: dict[str, dict[str, dict]]) -> str:
         difference = ""
         if route != "fp32" and pairs:
             mean, half = interval(pairs)
-            difference = f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f})"
+            spread = f"{mean - half:+.2f} to {mean + half:+.2f}" if len(pairs) > 1 else "one pair: no interval"
+            difference = f"{mean:+.2f} ({spread})"
         wire = next(iter(found.values()))["wire"]["bytes_sent"] / 1e6
         lines.append(
             f"| {route} | {' '.join(f'{b:.2f}' for b in bleus.values())} | {statistics.mean(bleus.values()):.2f} "
