@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.distributed import HashStore
 
@@ -83,6 +83,7 @@ def test_the_interface_to_this_machine_is_loopback_and_a_strange_one_is_refused(
     seed=st.integers(0, 2**32 - 1),
     ahead=st.integers(0, 3),
 )
+@example(ranks=2, signals=[(0, 30), (1, 34)], seed=47915, ahead=1)
 def test_all_ranks_stop_after_the_same_update_whenever_whoever_is_told(
     ranks: int, signals: list[tuple[int, int]], seed: int, ahead: int
 ) -> None:
@@ -110,7 +111,9 @@ def test_all_ranks_stop_after_the_same_update_whenever_whoever_is_told(
             if notices[rank].due(ended[rank]):
                 stopped[rank] = ended[rank]
     assert len(set(stopped)) == 1
-    assert 0 < stopped[0] <= told + 2 + ahead, "soon after the first was told"
+    # The first that was told may end one update more before it can tell; another, also told, may be `ahead` of it by
+    # then, tell first, and count on others that are as far ahead of itself.
+    assert 0 < stopped[0] <= told + 2 + 2 * ahead, "soon after the first was told"
 
 
 def test_a_notice_of_one_training_does_not_name_an_update_of_the_next() -> None:
