@@ -5,7 +5,7 @@
 # make wheel  build a wheel, install it into an empty environment, run it there
 # make clean  remove what the others made, runs excepted
 #
-# JOBS=1 runs the tests one by one; else two files of them at a time, which takes two cores and 6 GB.
+# JOBS=1 runs the tests one by one; else two files of them at a time.
 # PYTHON=python3.12 chooses the interpreter (3.11 or 3.12). Where pip's index gives torch with CUDA and you want none:
 # make demo TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu". For a GPU leave TORCH_ARGS empty.
 
