@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import signal
 import time
 from dataclasses import asdict
@@ -327,8 +328,11 @@ def main() -> int:
     """Serves, on this rank of an MPI job. Exit status 2 for wrong settings, 1 for a peer that died."""
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     link = None
-    # mpirun sends USR1 on to every rank. It is a notice to the workers: they save, and then let this server go.
+    # mpirun sends USR1 on to every rank. It is a notice to the workers: they save, and then let this server go. TERM is
+    # one too where SLURM sends it, by `srun --mpi=pmix`; mpirun itself ends ranks by it when another has failed.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if "SLURM_STEP_ID" in os.environ and not {"OMPI_COMM_WORLD_RANK", "MPI_LOCALRANKID"} & os.environ.keys():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     wire.end_with_parent()
     wire.abort_on_exceptions()
     try:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from tenko.comm.config import CommConfig
 
 from .notice import SIGNALS
-from .world import World, address_of, interface_to
+from .world import Launcher, World, address_of, interface_to
 
 if TYPE_CHECKING:
     from tenko.comm.mpi_link import Link
@@ -59,8 +59,11 @@ class Mpi:
     """Rank 0's: bound to MASTER_ADDR and MASTER_PORT, so that nobody takes the port before the store does."""
 
     @classmethod
-    def start(cls) -> Mpi:
+    def start(cls, launcher: Launcher) -> Mpi:
         """Meet all ranks, and set MASTER_ADDR and MASTER_PORT.
+
+        Args:
+            launcher: what started them.
 
         Raises:
             ValueError: mpi4py is not installed, or the hosts cannot reach each other; one line.
@@ -77,7 +80,7 @@ class Mpi:
         link = meet(WORKER)
         ranks = MPI.COMM_WORLD.Get_group().Incl(link.workers)
         workers = MPI.COMM_WORLD.Create_group(ranks)
-        world = _world(MPI, workers)
+        world = _world(MPI, workers, launcher)
         for size in _SIZES:  # accelerate reads these: servers are not of its world
             if size in os.environ:
                 os.environ[size] = str(world.size)
@@ -119,13 +122,14 @@ def check_servers(comm: CommConfig, mpi: Mpi | None) -> None:
     Raises:
         ValueError: it wants servers and there are none, or the other way round; says the command.
     """
-    wanted, there = comm.servers == "dedicated", mpi is not None and bool(mpi.link.servers)
+    wanted, launcher = comm.servers == "dedicated", mpi.world.launcher if mpi is not None else None
+    there = mpi is not None and bool(mpi.link.servers)
     if wanted and not there:
-        started = "mpirun has started none" if mpi is not None else "only mpirun starts them"
+        started = f"{launcher} has started none" if launcher else "only mpirun or srun --mpi=pmix starts them"
         raise ValueError(f"comm.servers: dedicated needs parameter servers, and {started}: {COMMAND}")
     if there and not wanted:
         raise ValueError(
-            f"comm.servers: is {comm.servers} (route {comm.route}), but mpirun has started parameter servers "
+            f"comm.servers: is {comm.servers} (route {comm.route}), but {launcher} has started parameter servers "
             "(tenko.comm.dedicated); leave them out, or set comm.route=server comm.servers=dedicated"
         )
 
@@ -144,7 +148,7 @@ def wait_to_be_heard(*, echo: bool) -> None:
     time.sleep(HEARD_SECONDS * (5 if echo else 1))
 
 
-def _world(MPI: Any, workers: Any) -> World:
+def _world(MPI: Any, workers: Any, launcher: Launcher) -> World:
     rank, size = workers.Get_rank(), workers.Get_size()
     node = workers.Split_type(MPI.COMM_TYPE_SHARED, key=rank)
     first = bytearray(8)
@@ -156,7 +160,7 @@ def _world(MPI: Any, workers: Any) -> World:
     numbers = [int.from_bytes(firsts[at : at + 8], sys.byteorder) for at in range(0, len(firsts), 8)]
     nodes = sorted(set(numbers))
     return World(
-        launcher="mpirun",
+        launcher=launcher,
         rank=rank,
         size=size,
         local_rank=node.Get_rank(),
@@ -176,7 +180,7 @@ def _address(world: World, hosts: list[str]) -> str:
     try:
         return interface_to(other)[1]
     except ValueError as error:
-        raise ValueError(f"{error}; name the interface: mpirun -x {INTERFACE}=eth0 ...") from None
+        raise ValueError(f"{error}; name the interface, on all of them: {INTERFACE}=eth0 (mpirun -x)") from None
 
 
 def _from_rank0(MPI: Any, workers: Any, value: Any) -> Any:

@@ -113,7 +113,7 @@ def _standalone(arguments: argparse.Namespace, runners: Runners | None) -> NoRet
                 recipe = load(arguments.recipe, arguments.overrides)
             run_dir = arguments.run_dir or Path("runs") / recipe.name
             if mpi_env.is_needed(world, recipe.comm):
-                mpi = mpi_env.Mpi.start()
+                mpi = mpi_env.Mpi.start(world.launcher)
                 world = mpi.world
             mpi_env.check_servers(recipe.comm, mpi)
             if world.rank == 0:

@@ -45,6 +45,7 @@ AuthInfo=socket={folder}/munge.socket,cred_expire=5
 CredType=cred/munge
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
+TmpFS={folder}/tmp-%n
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
@@ -191,6 +192,8 @@ class Cluster:
         for index in range(2):
             (self.folder / f"gpu{index}").touch()
         (self.folder / "state").mkdir()
+        for node in range(self.nodes):
+            (self.folder / f"tmp-n{node}").mkdir()
         key = self.folder / "munge.key"
         key.touch(mode=0o600)
         key.write_bytes(os.urandom(1024))

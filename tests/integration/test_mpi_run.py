@@ -232,7 +232,10 @@ def test_servers_without_mpirun_are_one_line(small_tsv: Path, tmp_path: Path) ->
     command = [sys.executable, *WORKER, *arguments(tmp_path / "run", small_tsv, **DEDICATED)]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=90)
     assert done.returncode == 2
-    assert "comm.servers: dedicated needs parameter servers, and only mpirun starts them: mpirun -n W" in done.stderr
+    assert (
+        "comm.servers: dedicated needs parameter servers, and only mpirun or srun --mpi=pmix starts them: mpirun -n W"
+        in done.stderr
+    )
     assert len(done.stderr.splitlines()) == 1
 
 
@@ -281,7 +284,7 @@ def test_two_hosts_meet_where_they_are_told_and_one_goes_on_without_the_other(
     assert "ranks: 0 host0 cpu, 1 host1 cpu; parameter servers: server 0 of 1 (rank 2) on host0" in out
     assert "lost communication with a remote daemon" in out
     push = lines(directory)[0]["wire_bytes"] / 4 / 2  # of an update, about: half of it comes down
-    assert sent > 8 * push, "worker 1's gradients have left by its link"
+    assert sent > (8 - 3 - 1) * push, "worker 1's gradients have left by its link; it may be 3 updates behind"
     two_hosts.mend(1)
 
     code, out = run(1).finish()

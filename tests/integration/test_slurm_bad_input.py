@@ -39,7 +39,10 @@ def refused(done: Done, line: str) -> None:
         (["--time", "soon"], "--time: must be minutes, .*, is 'soon'"),
         (["--seeds", "1,x"], "--seeds: must be whole numbers with commas, for instance 1,2,3, is '1,x'"),
         (["train.lr=fast"], "override train.lr=fast: train.lr: must be a number, is fast"),
-        (["comm.route=server", "comm.servers=dedicated"], "comm.servers: dedicated .* only mpirun starts them: .*"),
+        (
+            ["comm.route=server", "comm.servers=dedicated"],
+            "comm.servers: dedicated .* only mpirun or srun --mpi=pmix starts them: .*",
+        ),
         (["--sbatch=--no-such-option"], "sbatch: .*no-such-option.*"),
     ],
 )

@@ -6,9 +6,11 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from processes import needs_mpi
 from slurm_cluster import Cluster, Lab, no_lab
 from tenko_run import WHOLE, Done, environment, run_arguments, tenko
 
@@ -204,24 +206,64 @@ def meet(cluster: Cluster, folder: Path, mpi: str, nodes: int, tasks: int) -> li
     return [eval((folder / str(rank)).read_text(), {"World": World}) for rank in range(tasks)]
 
 
-@pytest.mark.parametrize(("mpi", "nodes"), [("none", 2), ("pmix", 1)])
-def test_srun_alone_starts_workers_that_find_one_another(
-    cluster: Cluster, tmp_path: Path, mpi: str, nodes: int
-) -> None:
-    """Two nodes here have one host name, by which PMIx takes them for one: with it on one node only."""
-    met = meet(cluster, tmp_path, mpi, nodes, tasks=nodes + 1)
+@pytest.mark.parametrize("mpi", ["none", "pmix"])
+def test_srun_alone_starts_workers_that_find_one_another(cluster: Cluster, tmp_path: Path, mpi: str) -> None:
+    met = meet(cluster, tmp_path, mpi, nodes=2, tasks=3)
     places = [(0, 0, 2), (0, 1, 2), (1, 0, 1)]
     for rank, (world, total, interface, address) in enumerate(met):
-        assert (world.launcher, world.rank, world.size, world.nodes) == ("srun", rank, nodes + 1, nodes)
+        assert (world.launcher, world.rank, world.size, world.nodes) == ("srun", rank, 3, 2)
         assert (world.node, world.local_rank, world.local_size) == places[rank]
-        assert (total, interface, address) == (sum(range(nodes + 1)), "lo", "127.0.0.1")
+        assert (total, interface, address) == (3.0, "lo", "127.0.0.1")
 
 
-def test_on_hosts_of_their_own_workers_meet_at_the_first_nodes_address(cluster: Cluster, tmp_path: Path) -> None:
-    """Names of nodes resolve nowhere here: SLURM knows their addresses."""
+@pytest.fixture
+def apart() -> Iterator[Cluster]:
+    """Three nodes, each on a host of its own. Their names resolve nowhere: SLURM knows their addresses."""
     if (why := no_lab()) is not None:
         pytest.skip(why)
-    with Lab(3) as hosts, Cluster(2, hosts) as apart:
-        met = meet(apart, tmp_path, "none", 2, tasks=2)
-    assert [world.node for world, *_ in met] == [0, 1]
-    assert [found for _, *found in met] == [[1.0, "e0", hosts.address(0)]] * 2
+    with Lab(4) as hosts, Cluster(3, hosts) as cluster:
+        yield cluster
+
+
+def test_on_hosts_of_their_own_workers_meet_at_the_first_nodes_address(apart: Cluster, tmp_path: Path) -> None:
+    assert apart.hosts is not None
+    for mpi in ("none", "pmix"):
+        (tmp_path / mpi).mkdir()
+        met = meet(apart, tmp_path / mpi, mpi, 2, tasks=2)
+        assert [world.node for world, *_ in met] == [0, 1]
+        assert [found for _, *found in met] == [[1.0, "e0", apart.hosts.address(0)]] * 2
+
+
+@needs_mpi
+def test_srun_starts_parameter_servers_as_a_second_program_and_its_notice_spares_them(
+    apart: Cluster, small_tsv: Path, tmp_path: Path
+) -> None:
+    """TERM, which SLURM sends to all tasks at preemption, is for the workers to save by."""
+    assert apart.hosts is not None
+    run = tmp_path / "run"
+    settings = {**LONG, "comm.route": "server", "comm.servers": "dedicated"}
+    settings |= {"train.max_update": "120", "train.valid_interval": "120", "train.save_interval": "5"}
+    _, recipe, *words = map(str, run_arguments(run, small_tsv, **settings))
+    worker = ["-N", "2", "-n", "2", sys.executable, "-m", "tenko.launch.worker", recipe, *words]
+    server = ["-N", "1", "-n", "1", sys.executable, "-m", "tenko.comm.dedicated"]
+    there = {name: value for name, value in environment().items() if name != "GLOO_SOCKET_IFNAME"}
+    there |= {**apart.environment, "TENKO_INTERFACE": "e0"}
+    command = [*apart.prefix(apart.nodes), "srun", "--mpi=pmix", *worker, ":", *server]
+    if call(apart, [*command[: command.index(sys.executable)], "true"]).code:
+        pytest.skip("this SLURM cannot --mpi=pmix (Debian's plugin for PMIx wants libpmix-dev)")
+
+    pipe = subprocess.PIPE
+    step = subprocess.Popen(command, env=there, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+    apart.until(lambda: last_update(run) is not None or step.poll() is not None, "a first save", timeout=120)
+    apart.call("scancel", "--signal=TERM", *apart.call("squeue", "-h", "-t", "R", "-o", "%i").split())
+    said, _ = step.communicate(timeout=60)
+    assert step.returncode == 75, said
+    assert f"2 workers on 2 nodes, started by srun; gloo over e0, met at {apart.hosts.address(0)}:" in said
+    assert "ranks: 0 n0 cpu, 1 n1 cpu; parameter servers: server 0 of 1 (rank 2) on n2" in said
+    (saved,) = re.findall(r"stopped on notice, saved at update (\d+)", said)
+    assert last_update(run) == int(saved) < 120
+
+    done = subprocess.run(command, env=there, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done
+    assert f"goes on from update {saved}" in done.stderr + done.stdout
+    assert last_update(run) == 120
