@@ -4,9 +4,9 @@
     python benchmarks/quality.py --set train.max_update=500 --seeds 1 2 --routes fp32 server
 
 Runs go to --runs; what is finished there is not done again. With --json, figures of earlier calls are read from that
-file and kept, so that routes may be added one by one. The table gives test BLEU of each run, and each route's mean
-difference from fp32 over the pairs (same seed, same data order, same initial weights) with its 95 % interval by
-Student's t.
+file, kept and not measured again, so that routes and seeds may be added one by one. The table gives test BLEU of each
+run, and each route's mean difference from fp32 over the pairs (same seed, same data order, same initial weights) with
+its 95 % interval by Student's t.
 """
 
 from __future__ import annotations
@@ -70,6 +70,8 @@ def main() -> None:
         results = json.loads(options.json.read_text())
     for route in options.routes:
         for seed in options.seeds:
+            if str(seed) in results.get(route, {}):
+                continue
             name = f"{re.sub('[^a-z0-9]+', '-', route)}-seed-{seed}"
             done = run(options.recipe, options.runs / name, [f"seed={seed}", *ROUTES[route], *options.set])
             results.setdefault(route, {})[str(seed)] = done

@@ -30,6 +30,7 @@ from .pq import (
     decode_packed,
     pack_pq,
     quantize_shared,
+    round_vectors,
     select_blocks,
 )
 from .readers import Reader
@@ -125,6 +126,7 @@ class Ipq:
                 setattr(module, attribute, item.weight.tensor)
             self._packed |= dict.fromkeys(item.weight.names, packed)
         self._attached = []
+        round_vectors(model)
 
     def pack(self, name: str) -> Packed | None:
         assert not self._attached, "pack follows bake"

@@ -7,7 +7,9 @@ from the codebooks so far, and kept in between. Codes follow the weights at each
 were they kept too, blocks would read the same however far their weights had moved, and at p = 1 weights run away.
 Evaluation reads all blocks quantized, by the nearest centroid at that moment; with zeros it reads exact weights.
 
-The trained weights stay dense (`bake` leaves them exact): post-training or iterative product quantization follows.
+Below p = 1 the trained weights stay dense (`bake` leaves them exact), and product quantization follows. At p = 1, which
+is quantization-aware training, they have learned to be read as codewords: `bake` quantizes them by the last codebooks,
+so that the result is the model that evaluation has read.
 
 Source: Fan et al. 2021, "Training with Quantization Noise for Extreme Model Compression", section 4.2. fairseq's own
 zero noise also multiplies what is left by 1 / (1 - p), as dropout does; the paper does not, and neither does this.
@@ -23,7 +25,18 @@ from torch import Tensor, nn
 
 from . import kmeans
 from .config import QuantNoiseConfig
-from .pq import Blocks, PqScheme, as_blocks, centroid_values, quantize_shared, select_blocks
+from .pq import (
+    Blocks,
+    PqScheme,
+    as_blocks,
+    centroid_values,
+    check_values,
+    decode_packed,
+    pack_pq,
+    quantize_shared,
+    round_vectors,
+    select_blocks,
+)
 from .readers import Reader, StraightThrough
 from .schemes import decode_pq
 from .technique import Packed, parametrize_weight, unparametrize_weight
@@ -45,6 +58,7 @@ class PqNoise:
         self._update = 0
         self._attached: list[Blocks] = []
         self._readers: list[NoisyBlocks] = []
+        self._packed: dict[str, Packed] = {}
 
     def attach(self, model: nn.Module) -> None:
         """Parametrize the matched weights.
@@ -76,16 +90,33 @@ class PqNoise:
         """What modules read follows the new weights."""
         self._forget()
 
+    @torch.no_grad()
     def bake(self, model: nn.Module) -> None:
-        """Leave the exact weights, which a stage of real quantization reads."""
+        """Leave exact weights, or at p = 1 decoded ones; each rank may call this alone.
+
+        Raises:
+            ValueError: a weight holds inf or NaN, or a centroid what fp16 does not reach; the model stays as it is.
+        """
         assert self._attached, "bake follows attach"
-        for item in self._attached:
+        quantize = self.config.p == 1 and self.config.pq.noise == "codeword" and self._fitted
+        for item, reader in zip(self._attached, self._readers, strict=True):
+            if quantize:
+                check_values(item.weight.name, item.weight.tensor)
+                check_values(item.weight.name, reader.fitted)
+        for item, reader in zip(self._attached, self._readers, strict=True):
             unparametrize_weight(item.weight)
+            if quantize:
+                packed = pack_pq(*reader.code(item.weight.tensor), self.scheme)
+                item.weight.tensor.copy_(decode_packed(packed, item.weight.tensor.shape))
+                self._packed |= dict.fromkeys(item.weight.names, packed)
+        if quantize:
+            round_vectors(model)
         self._attached, self._readers = [], []
 
     def pack(self, name: str) -> Packed | None:
-        """None: weights are stored dense."""
-        return None
+        """None below p = 1: weights are stored dense."""
+        assert not self._attached, "pack follows bake"
+        return self._packed.get(name)
 
     def state_dict(self) -> dict[str, Any]:
         """Codebooks by name, as of the last refit; {} before it, and with zeros."""
@@ -154,6 +185,8 @@ class NoisyBlocks(Reader):
 
     def _noisy(self, stored: Tensor) -> Tensor:
         technique, item, position = self._source
+        if technique.config.p == 1 and self.codebook is not None:
+            return self._quantized(stored)
         mask = technique._mask(item, position)[:, None]
         if self.codebook is None:
             return torch.where(mask, 0.0, as_blocks(stored, item.block)).reshape(stored.shape)
@@ -169,8 +202,18 @@ class NoisyBlocks(Reader):
         return blocks.reshape(stored.shape)
 
     def _quantized(self, stored: Tensor) -> Tensor:
-        technique, item, _ = self._source
+        codes, codebook = self.code(stored)
+        return decode_pq(codes, centroid_values(codebook, self._source[0].scheme), stored.shape).to(stored.dtype)
+
+    @property
+    def fitted(self) -> Tensor:
+        """The codebook, which is there."""
         assert self.codebook is not None
-        values = centroid_values(self.codebook, technique.scheme)
-        codes = kmeans.assign(as_blocks(stored, item.block), values).to(stored.device)
-        return decode_pq(codes, values, stored.shape).to(stored.dtype)
+        return self.codebook
+
+    def code(self, stored: Tensor) -> tuple[Tensor, Tensor]:
+        """The nearest codewords of a weight's blocks: codes, uint8 [rows, columns / block], and codebook."""
+        technique, item, _ = self._source
+        values = centroid_values(self.fitted, technique.scheme)
+        codes = kmeans.assign(as_blocks(stored, item.block), values)
+        return codes.to(stored.device, torch.uint8).reshape(stored.shape[0], -1), self.fitted

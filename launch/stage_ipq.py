@@ -19,21 +19,22 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from tenko.compression.config import QuantNoiseConfig
 from tenko.compression.ipq import Ipq
 from tenko.nmt import checkpoint, distributed
 from tenko.nmt.trainer_state import load_weights
 
-from .rundir import StageContext
+from .rundir import ARTEFACT, RunDirectory, StageContext
 from .stage_kinds import IpqStage
 from .stage_results import write_and_measure
-from .stage_tools import check_patterns, open_corpus, previous_model, start
+from .stage_tools import check_patterns, open_corpus, previous_model, read_model, start
 from .stage_training import train_model
 
 QUANTIZED = "quantized"
 
 
 def run_ipq(context: StageContext) -> None:
-    """Quantize the model of the stage before iteratively; it is also the teacher."""
+    """Quantize the model of the stage before iteratively; the last one with exact weights is the teacher."""
     config = context.stage.config
     assert isinstance(config, IpqStage)
     started = time.monotonic()
@@ -44,7 +45,7 @@ def run_ipq(context: StageContext) -> None:
     model, model_config = previous_model(context)
     check_patterns(context, model)
     model = model.to(accelerator.device)
-    teacher = copy.deepcopy(model) if config.distill.weight > 0 else None
+    teacher = _teacher(context, model).to(accelerator.device) if config.distill.weight > 0 else None
     technique = Ipq(config, seed=context.recipe.seed)
     technique.attach(model)
     figures = []
@@ -89,6 +90,17 @@ def run_ipq(context: StageContext) -> None:
             train_seconds=sum(group["train_seconds"] for group in figures),
         )
     distributed.barrier()
+
+
+def _teacher(context: StageContext, model: nn.Module) -> nn.Module:
+    """The model of the stage before; where that has quantized it already (p = 1), of the one before that."""
+    stages = context.recipe.stages
+    index = stages.index(context.stage) - 1
+    before = stages[index].config
+    if isinstance(before, QuantNoiseConfig) and before.p == 1:
+        folder = RunDirectory(context.run_dir, context.recipe).stage_directory(index - 1)
+        return read_model(folder / ARTEFACT)[0]
+    return copy.deepcopy(model)
 
 
 def _file_name(group: str) -> str:

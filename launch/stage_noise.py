@@ -1,8 +1,8 @@
 """The stages `quant_noise` and `quantize`: weights made small by a scheme, with training under noise and without.
 
 quant_noise finetunes the model of the stage before with a fraction of its weights quantized, and then quantizes them
-all; p = 1 is quantization-aware training. With the schemes pq and pq_int8 the artefact stays dense, for a stage of
-product quantization to follow. What a lottery before has pruned stays pruned.
+all; p = 1 is quantization-aware training. With the schemes pq and pq_int8 and a p below 1 the artefact stays
+dense, for a stage of product quantization to follow. What a lottery before has pruned stays pruned.
 """
 
 from __future__ import annotations

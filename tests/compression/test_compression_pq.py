@@ -169,7 +169,10 @@ def test_the_baked_model_is_tied_and_equal_to_its_file(small_corpus: Corpus, tmp
     assert set(model.state_dict()) == names
     assert model.encoder.embed_tokens.weight is model.decoder.output_projection.weight
     for name, p in model.named_parameters():
-        assert torch.equal(p, before[name]) == (p.dim() < 2), name
+        if p.dim() < 2:
+            assert torch.equal(p, before[name].half().float()), name
+        else:
+            assert not torch.equal(p, before[name]), name
     write_artefact(tmp_path, model.state_dict(), metadata={}, technique=pq)
     state, metadata = read_artefact(tmp_path)
     for name, value in model.state_dict().items():

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 from toy_training import differing, snapshot, toy_model, toy_trainer, train
 
-from tenko.compression import Technique
-from tenko.compression.config import PqNoiseConfig, QuantNoiseConfig
+from tenko.compression import Technique, read_artefact, write_artefact
+from tenko.compression.config import IpqConfig, PqNoiseConfig, QuantNoiseConfig
+from tenko.compression.ipq import Ipq
 from tenko.compression.pq import centroid_values
 from tenko.compression.pq_noise import PqNoise
 from tenko.nmt.corpus import Corpus
@@ -198,6 +199,39 @@ def test_bake_leaves_exact_weights_plain_tied_and_dense(small_corpus: Corpus) ->
     assert differing(dict(model.state_dict()), dict(plain.state_dict())) == []
     assert model.encoder.embed_tokens.weight is model.decoder.output_projection.weight
     assert technique.pack("encoder.embed_tokens.weight") is None
+
+
+@pytest.mark.parametrize("scheme", ["pq", "pq_int8"])
+def test_at_p_1_bake_leaves_and_packs_what_evaluation_has_read(
+    small_corpus: Corpus, tmp_path: Path, scheme: str
+) -> None:
+    technique = noise(1.0, scheme=scheme)
+    model = attached(small_corpus, technique)
+    technique.before_update(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))  # away from where the codebooks were fitted
+    technique.after_update(0)
+    model.eval()
+    read = {name: weight(model, name) for name in ("encoder.embed_tokens", *ATTENTION)}
+    vectors = {name: p.detach().half().float() for name, p in model.named_parameters() if p.dim() < 2}
+    technique.bake(model)
+    for name, values in read.items():
+        assert torch.equal(model.get_submodule(name).weight, values), name
+    assert {name: p for name, p in model.named_parameters() if p.dim() < 2}.keys() == vectors.keys()
+    for name, values in vectors.items():
+        assert torch.equal(model.get_parameter(name), values), name
+    assert model.encoder.embed_tokens.weight is model.decoder.output_projection.weight
+    write_artefact(tmp_path, model.state_dict(), metadata={}, technique=technique)
+    state, metadata = read_artefact(tmp_path)
+    for name, value in model.state_dict().items():
+        assert torch.equal(state[name], value), name
+    assert {entry["scheme"] for entry in metadata["tensors"].values()} == {"dense", scheme}
+
+    # Iterative product quantization goes on from those codewords: k-means finds them again.
+    ipq = Ipq(IpqConfig(centroids=16))  # of blocks as large
+    ipq.attach(model)
+    assert max(ipq.quantize_group(group) for group in ipq.groups) < 1e-3
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])

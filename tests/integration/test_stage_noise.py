@@ -155,6 +155,28 @@ def test_product_quantization_noise_leaves_dense_weights_for_codes_to_follow(sma
     assert schemes == [{"dense"}, {"dense", "pq"}]
 
 
+def test_trained_at_p_1_a_model_is_product_quantized_and_ipq_goes_on_with_its_codes(
+    small_tsv: Path, tmp_path: Path
+) -> None:
+    pq = {"blocks": {"*": 4}, "centroids": 8}
+    train = {"max_update": 4, "valid_interval": 4, "average_last": 1}
+    noise = {"scheme": "pq", "p": 1, "pq": pq, "train": train}
+    ipq = {**pq, "train": {**train, "log_interval": 1}, "distill": {"weight": 1.0}}
+    path = recipe(tmp_path, small_tsv, {"train": TRAIN}, {"quant_noise": noise}, {"ipq": ipq}, workers=1)
+    run(path, tmp_path / "run")
+    (quantized, first), (finetuned, _) = (
+        read_artefact(tmp_path / "run" / stage / "artefact") for stage in ("2-quant_noise", "3-ipq")
+    )
+    assert {entry["scheme"] for entry in first["tensors"].values()} == {"dense", "pq"}
+    result = json.loads((tmp_path / "run/3-ipq/result.json").read_text())
+    assert [group["error"] for group in result["groups"]] == [0]
+    codes = [state["decoder.layers.0.fc1.weight"].reshape(-1, 4) for state in (quantized, finetuned)]
+    assert [len(blocks.unique(dim=0)) for blocks in codes] == [8, 8]
+    assert not torch.equal(*codes), "centroids are trained"
+    line = json.loads((tmp_path / "run/3-ipq/group-1-all/metrics.jsonl").read_text().splitlines()[0])
+    assert line["loss"] > 0.05, "the teacher is the model that was not quantized, not the pupil's copy"
+
+
 @pytest.mark.parametrize("scheme", ["ternary", "lat", "binary"])
 def test_post_training_quantization_by_every_scheme(whole: Path, tmp_path: Path, scheme: str) -> None:
     content = yaml.safe_load((whole / "config.yaml").read_text())
