@@ -54,7 +54,7 @@ class Cell:
         return f"{self.scheme}-{self.method}"
 
 
-def cells(updates: int, lr: float, attention: int) -> list[Cell]:
+def cells(updates: int, lr: float, block: int, centroids: int) -> list[Cell]:
     """All cells, each after the one it needs; every training path but post-training has the same number of updates."""
 
     def train(count: int) -> dict[str, Any]:
@@ -74,8 +74,9 @@ def cells(updates: int, lr: float, attention: int) -> list[Cell]:
     def noise(scheme: str, p: float, count: int, **more: Any) -> dict[str, Any]:
         return {"quant_noise": {"scheme": scheme, "p": p, "train": train(count), **more}}
 
-    pq = {"blocks": {"ffn": 8, "embedding": 8, "attention": attention}}
-    half = updates // 2
+    groups = dict.fromkeys(("ffn", "embedding", "attention"), block)
+    pq = {"blocks": groups, "centroids": centroids}
+    half, third = updates // 2, updates // 3
     found = [Cell("fp32", "none", ({"train": train(updates)},))]
     for scheme, more in (("int8", {}), ("int4", {"clip": "mse"})):
         found += [
@@ -83,18 +84,19 @@ def cells(updates: int, lr: float, attention: int) -> list[Cell]:
             Cell(scheme, "qat", (noise(scheme, 1.0, updates, **more),)),
             Cell(scheme, "noise", (noise(scheme, 0.5, updates, **more),)),
         ]
-    # The noise of product quantization takes half of the updates, a third of the rest each group of iPQ.
+    # The noise of product quantization takes half of the updates, a third of the rest each group of iPQ. QAT takes two
+    # thirds; its weights are codewords then, whose centroids are trained together in the rest.
     found += [
         Cell("pq", "before-plain", ({"train": train(half)},), shown=False),
-        Cell("pq", "before-qat", (noise("pq", 1.0, half, pq=pq),), shown=False),
         Cell("pq", "before-noise", (noise("pq", 0.1, half, pq=pq),), shown=False),
     ]
     for scheme in ("pq", "pq_int8"):
         found.append(Cell(scheme, "ptq", ({"quantize": {"scheme": scheme, "pq": pq}},), after="fp32-none"))
-        for method in ("plain", "qat", "noise"):
-            each = train((updates - half) // 3)
-            ipq = {"ipq": {"scheme": scheme, **pq, "train": each, "distill": {"weight": 0.5}}}
-            found.append(Cell(scheme, method, (ipq,), after=f"pq-before-{method}"))
+        ipq = {"scheme": scheme, "centroids": centroids, "distill": {"weight": 0.5}}
+        together = {"ipq": {**ipq, "blocks": {"*": block}, "train": train(third)}}
+        found.append(Cell(scheme, "qat", (noise(scheme, 1.0, updates - third, pq=pq), together)))
+        apart = {"ipq": {**ipq, "blocks": groups, "train": train((updates - half) // 3)}}
+        found += [Cell(scheme, method, (apart,), after=f"pq-before-{method}") for method in ("plain", "noise")]
     return found
 
 
@@ -108,6 +110,7 @@ def recipe(cell: Cell, model: str, direction: str, seed: int, runs: Path) -> dic
         "workers": 1,
         "threads": 1,
         "data": {"cache": str(runs / "data")},
+        "zstd": 19 if cell.scheme.startswith("pq") else None,
         "stages": [{"pretrained": {"model": start}}, *cell.stages],
     }
 
@@ -168,12 +171,13 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/compression"), help="where recipes and runs are kept")
     parser.add_argument("--updates", type=int, default=600, help="of each training path")
     parser.add_argument("--lr", type=float, default=7e-4)
-    parser.add_argument("--attention", type=int, default=8, help="block size of attention's weights in iPQ")
+    parser.add_argument("--block", type=int, default=4, help="weights that share a code in product quantization")
+    parser.add_argument("--centroids", type=int, default=64, help="of a weight's codebook")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
     parser.add_argument("--table", action="store_true", help="write the tables of what is finished, run nothing")
     args = parser.parse_args()
-    todo = cells(args.updates, args.lr, args.attention)
+    todo = cells(args.updates, args.lr, args.block, args.centroids)
     if not args.table:
         run_all(todo, args)
     write(todo, args)
@@ -191,7 +195,7 @@ def write(todo: list[Cell], args: argparse.Namespace) -> None:
         "# What each way to quantize costs",
         "",
         f"`python benchmarks/compression.py --model {args.model} --direction {args.direction} --updates {args.updates} "
-        f"--attention {args.attention} "
+        f"--block {args.block} --centroids {args.centroids} "
         f"--seeds {seeds}`, commit {settings['commit']}. All begin with the same trained model; each path of training "
         f"has {args.updates} updates. Bytes are of the file, BLEU of the model read back from it, on "
         f"{rows[0]['sentences'] if rows else 0} sentences; the difference is from the model trained as long in fp32, "

@@ -23,8 +23,9 @@ class PqConfig:
     """Consecutive weights of a row that share one code, by group: ffn, embedding, attention, or a shell pattern of
     parameter names. The first group that matches a weight counts, and each weight to quantize needs one; iPQ takes the
     groups in this order. A block size must divide the columns of its weights."""
-    centroids: int = 256
-    """Centroids of a weight's codebook, at most 256; a weight with fewer distinct blocks takes as many as it has."""
+    centroids: int | dict[str, int] = 256
+    """Centroids of a weight's codebook, at most 256, or by the groups of `blocks`; a weight with fewer distinct blocks
+    takes as many as it has. A code takes the bits that count them: 64 take 6."""
     iterations: int = 25
     """Of k-means."""
 
@@ -34,10 +35,19 @@ class PqConfig:
         for group, block in self.blocks.items():
             if block < 1:
                 raise ValueError(f"blocks: {group} must be at least 1, is {block}")
-        if not 2 <= self.centroids <= 256:
-            raise ValueError(f"centroids: must be 2 to 256, is {self.centroids}")
+        if isinstance(self.centroids, dict) and self.centroids.keys() != self.blocks.keys():
+            raise ValueError(
+                f"centroids: must have the groups of blocks, {', '.join(self.blocks)}; has {', '.join(self.centroids)}"
+            )
+        for group in self.blocks:
+            if not 2 <= (count := self.centroids_of(group)) <= 256:
+                raise ValueError(f"centroids: must be 2 to 256, is {count}")
         if self.iterations < 1:
             raise ValueError(f"iterations: must be at least 1, is {self.iterations}")
+
+    def centroids_of(self, group: str) -> int:
+        """Centroids of the codebooks of a group of `blocks`."""
+        return self.centroids[group] if isinstance(self.centroids, dict) else self.centroids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +122,9 @@ class QuantNoiseConfig(QuantizeConfig):
 class IpqConfig(PqConfig):
     scheme: Literal["pq", "pq_int8"] = "pq"
     """pq: centroids in fp16. pq_int8: centroids in int8, one scale a codebook; they are trained as such."""
+    together: bool = False
+    """All groups are quantized at once, and trained once: for weights that are codewords already, as quant_noise with p
+    = 1 leaves them. Else group follows group, with a training after each."""
     include: tuple[str, ...] = ("*",)
     """Shell patterns of the weights to quantize, by parameter name; only tensors of two or more dimensions count."""
     exclude: tuple[str, ...] = ()

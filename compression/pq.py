@@ -180,7 +180,7 @@ def quantize_shared(
         i: quantize_pq(
             item.weight.tensor,
             item.block,
-            config.centroids,
+            config.centroids_of(item.group),
             seed=_seed(seed, i),
             scheme=scheme,
             iterations=config.iterations,
@@ -264,7 +264,7 @@ class PostTrainingPq:
             codes, codebook = quantize_pq(
                 item.weight.tensor,
                 item.block,
-                self.config.pq.centroids,
+                self.config.pq.centroids_of(item.group),
                 seed=_seed(self.seed, i),
                 scheme=self._scheme,
                 iterations=self.config.pq.iterations,

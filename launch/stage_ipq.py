@@ -49,15 +49,18 @@ def run_ipq(context: StageContext) -> None:
     technique = Ipq(config, seed=context.recipe.seed)
     technique.attach(model)
     figures = []
-    for number, group in enumerate(technique.groups, 1):
-        folder = context.directory / f"group-{number}-{_file_name(group)}"
-        title = f"{context.stage.name} {group}"
+    turns = [technique.groups] if config.together else [[group] for group in technique.groups]
+    for number, groups in enumerate(turns, 1):
+        name = "all" if config.together else groups[0]
+        folder = context.directory / f"group-{number}-{_file_name(name)}"
+        title = f"{context.stage.name} {name}"
         if _done(folder):
             context.reporter.log(f"{title}: finished before, left alone")
             figures.append(_load(folder / QUANTIZED, model, technique))
             continue
-        error = technique.quantize_group(group)
-        context.reporter.log(f"{title}: k-means changed the weights by {error:.1%} of their norm")
+        error = max(technique.quantize_group(group) for group in groups)
+        most = "at most " if len(groups) > 1 else ""
+        context.reporter.log(f"{title}: k-means changed the weights by {most}{error:.1%} of their norm")
         trained = train_model(
             context,
             accelerator,
@@ -70,7 +73,8 @@ def run_ipq(context: StageContext) -> None:
             techniques=[technique],
             teacher=teacher,
         )
-        figures.append({"group": group, "block": config.blocks[group], "error": error, **trained.figures()})
+        blocks = {group: config.blocks[group] for group in groups}
+        figures.append({"group": name, "blocks": blocks, "error": error, **trained.figures()})
         _save(folder / QUANTIZED, model, technique, figures[-1])
     technique.bake(model)
     if distributed.rank() == 0:

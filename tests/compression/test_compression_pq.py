@@ -238,6 +238,8 @@ def test_bad_settings_are_refused() -> None:
         ({"blocks": {}}, "blocks: must name"),
         ({"blocks": {"ffn": 0}}, "blocks: ffn must be at least 1, is 0"),
         ({"centroids": 257}, "centroids: must be 2 to 256, is 257"),
+        ({"centroids": {"ffn": 8}}, "centroids: must have the groups of blocks, ffn, embedding, attention; has ffn"),
+        ({"centroids": {"ffn": 8, "embedding": 1, "attention": 8}}, "centroids: must be 2 to 256, is 1"),
         ({"iterations": 0}, "iterations: must be at least 1"),
     ):
         with pytest.raises(ValueError, match=f"^{message}"):

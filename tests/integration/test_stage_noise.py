@@ -158,10 +158,13 @@ def test_product_quantization_noise_leaves_dense_weights_for_codes_to_follow(sma
 def test_trained_at_p_1_a_model_is_product_quantized_and_ipq_goes_on_with_its_codes(
     small_tsv: Path, tmp_path: Path
 ) -> None:
-    pq = {"blocks": {"*": 4}, "centroids": 8}
+    pq = {
+        "blocks": {"ffn": 4, "embedding": 2, "attention": 8},
+        "centroids": {"ffn": 8, "embedding": 32, "attention": 16},
+    }
     train = {"max_update": 4, "valid_interval": 4, "average_last": 1}
     noise = {"scheme": "pq", "p": 1, "pq": pq, "train": train}
-    ipq = {**pq, "train": {**train, "log_interval": 1}, "distill": {"weight": 1.0}}
+    ipq = {**pq, "together": True, "train": {**train, "log_interval": 1}, "distill": {"weight": 1.0}}
     path = recipe(tmp_path, small_tsv, {"train": TRAIN}, {"quant_noise": noise}, {"ipq": ipq}, workers=1)
     run(path, tmp_path / "run")
     (quantized, first), (finetuned, _) = (
@@ -169,10 +172,15 @@ def test_trained_at_p_1_a_model_is_product_quantized_and_ipq_goes_on_with_its_co
     )
     assert {entry["scheme"] for entry in first["tensors"].values()} == {"dense", "pq"}
     result = json.loads((tmp_path / "run/3-ipq/result.json").read_text())
-    assert [group["error"] for group in result["groups"]] == [0]
-    codes = [state["decoder.layers.0.fc1.weight"].reshape(-1, 4) for state in (quantized, finetuned)]
-    assert [len(blocks.unique(dim=0)) for blocks in codes] == [8, 8]
-    assert not torch.equal(*codes), "centroids are trained"
+    assert [(group["error"], group["blocks"]) for group in result["groups"]] == [(0, pq["blocks"])]
+    for name, block, centroids in (
+        ("decoder.layers.0.fc1.weight", 4, 8),
+        ("encoder.embed_tokens.weight", 2, 32),
+        ("encoder.layers.0.self_attn.k_proj.weight", 8, 16),
+    ):
+        codes = [state[name].reshape(-1, block) for state in (quantized, finetuned)]
+        assert [len(blocks.unique(dim=0)) for blocks in codes] == [centroids, centroids]
+        assert not torch.equal(*codes), "centroids are trained"
     line = json.loads((tmp_path / "run/3-ipq/group-1-all/metrics.jsonl").read_text().splitlines()[0])
     assert line["loss"] > 0.05, "the teacher is the model that was not quantized, not the pupil's copy"
 
