@@ -28,6 +28,11 @@ from tenko.nmt.significance import paired_bootstrap
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
+PQ = {
+    "blocks": {"ffn": 4, "embedding": 4, "attention": 4},
+    "centroids": {"ffn": 32, "embedding": 256, "attention": 64},
+}
+"""As in recipes/ipq.yaml."""
 METHODS = {
     "none": "trained on, not quantized",
     "ptq": "post-training",
@@ -54,7 +59,7 @@ class Cell:
         return f"{self.scheme}-{self.method}"
 
 
-def cells(updates: int, lr: float, block: int, centroids: int) -> list[Cell]:
+def cells(updates: int, lr: float) -> list[Cell]:
     """All cells, each after the one it needs; every training path but post-training has the same number of updates."""
 
     def train(count: int) -> dict[str, Any]:
@@ -74,8 +79,6 @@ def cells(updates: int, lr: float, block: int, centroids: int) -> list[Cell]:
     def noise(scheme: str, p: float, count: int, **more: Any) -> dict[str, Any]:
         return {"quant_noise": {"scheme": scheme, "p": p, "train": train(count), **more}}
 
-    groups = dict.fromkeys(("ffn", "embedding", "attention"), block)
-    pq = {"blocks": groups, "centroids": centroids}
     half, third = updates // 2, updates // 3
     found = [Cell("fp32", "none", ({"train": train(updates)},))]
     for scheme, more in (("int8", {}), ("int4", {"clip": "mse"})):
@@ -88,14 +91,14 @@ def cells(updates: int, lr: float, block: int, centroids: int) -> list[Cell]:
     # thirds; its weights are codewords then, whose centroids are trained together in the rest.
     found += [
         Cell("pq", "before-plain", ({"train": train(half)},), shown=False),
-        Cell("pq", "before-noise", (noise("pq", 0.1, half, pq=pq),), shown=False),
+        Cell("pq", "before-noise", (noise("pq", 0.1, half, pq=PQ),), shown=False),
     ]
     for scheme in ("pq", "pq_int8"):
-        found.append(Cell(scheme, "ptq", ({"quantize": {"scheme": scheme, "pq": pq}},), after="fp32-none"))
-        ipq = {"scheme": scheme, "centroids": centroids, "distill": {"weight": 0.5}}
-        together = {"ipq": {**ipq, "blocks": {"*": block}, "train": train(third)}}
-        found.append(Cell(scheme, "qat", (noise(scheme, 1.0, updates - third, pq=pq), together)))
-        apart = {"ipq": {**ipq, "blocks": groups, "train": train((updates - half) // 3)}}
+        found.append(Cell(scheme, "ptq", ({"quantize": {"scheme": scheme, "pq": PQ}},), after="fp32-none"))
+        ipq = {"scheme": scheme, **PQ, "distill": {"weight": 0.5}}
+        together = {"ipq": {**ipq, "together": True, "train": train(third)}}
+        found.append(Cell(scheme, "qat", (noise(scheme, 1.0, updates - third, pq=PQ), together)))
+        apart = {"ipq": {**ipq, "train": train((updates - half) // 3)}}
         found += [Cell(scheme, method, (apart,), after=f"pq-before-{method}") for method in ("plain", "noise")]
     return found
 
@@ -171,13 +174,11 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/compression"), help="where recipes and runs are kept")
     parser.add_argument("--updates", type=int, default=600, help="of each training path")
     parser.add_argument("--lr", type=float, default=7e-4)
-    parser.add_argument("--block", type=int, default=4, help="weights that share a code in product quantization")
-    parser.add_argument("--centroids", type=int, default=64, help="of a weight's codebook")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
     parser.add_argument("--table", action="store_true", help="write the tables of what is finished, run nothing")
     args = parser.parse_args()
-    todo = cells(args.updates, args.lr, args.block, args.centroids)
+    todo = cells(args.updates, args.lr)
     if not args.table:
         run_all(todo, args)
     write(todo, args)
@@ -195,7 +196,6 @@ def write(todo: list[Cell], args: argparse.Namespace) -> None:
         "# What each way to quantize costs",
         "",
         f"`python benchmarks/compression.py --model {args.model} --direction {args.direction} --updates {args.updates} "
-        f"--block {args.block} --centroids {args.centroids} "
         f"--seeds {seeds}`, commit {settings['commit']}. All begin with the same trained model; each path of training "
         f"has {args.updates} updates. Bytes are of the file, BLEU of the model read back from it, on "
         f"{rows[0]['sentences'] if rows else 0} sentences; the difference is from the model trained as long in fp32, "
