@@ -20,22 +20,8 @@ from tenko.compression.pq import decode_packed, pack_pq, quantize_pq, select_blo
 from tenko.launch.recipe import load
 from tenko.launch.stage_kinds import PretrainedConfig
 from tenko.launch.stage_tools import corpus_of, pretrained_folder, read_model
-from tenko.nmt.batches import fixed_batches
-from tenko.nmt.corpus import Corpus
-from tenko.nmt.fairseq_bridge import ModelWithLoss, collate
-
-
-@torch.no_grad()
-def perplexity(model: torch.nn.Module, corpus: Corpus, direction: str) -> float:
-    """Of the validation split, in fp32."""
-    shards, (source, target) = corpus.split("valid"), direction.split("-")
-    with_loss = ModelWithLoss(model, 0.0).eval()
-    total, tokens = 0.0, 0
-    for batch in fixed_batches(shards, direction, 2000, 0, 1):
-        sample = collate([(int(i), shards.tokens(source, i), shards.tokens(target, i)) for i in batch])
-        total += float(with_loss(sample)[1])
-        tokens += sample["ntokens"]
-    return math.exp(total / tokens)
+from tenko.nmt.config import TrainConfig
+from tenko.nmt.validate import Validator
 
 
 def main() -> None:
@@ -46,10 +32,10 @@ def main() -> None:
     parser.add_argument("--codebooks", nargs="+", default=["8,256", "6,64", "4,64", "4,256"], metavar="BLOCK,CENTROIDS")
     parser.add_argument("--iterations", type=int, default=6, help="of k-means")
     options = parser.parse_args()
-    recipe = load("ipq", [f"direction={options.direction}"])
-    corpus = corpus_of(recipe)
+    corpus = corpus_of(load("ipq", [f"direction={options.direction}"]))
     model, _ = read_model(pretrained_folder(PretrainedConfig(model=options.model), options.direction))
-    print(f"exact weights: perplexity {perplexity(model, corpus, options.direction):.2f}\n", flush=True)
+    valid = Validator(model, corpus, options.direction, TrainConfig(max_tokens=2000, precision="fp32"))
+    print(f"exact weights: perplexity {math.exp(valid.nll()):.2f}\n", flush=True)
     print("| group | block, centroids | bytes | over codes alone | perplexity |\n|---|---|---|---|---|", flush=True)
     for group in PqConfig().blocks:
         for text in options.codebooks:
@@ -65,10 +51,11 @@ def main() -> None:
                     weight.copy_(decode_packed(pack_pq(codes, book, "pq"), weight.shape))
                     codes_bits += codes.numel() * max(1, (len(book) - 1).bit_length())
                     books += 2 * book.numel()
-            found = perplexity(model, corpus, options.direction)
             size = codes_bits / 8 + books
-            over = f"{8 * size / codes_bits:.2f}"
-            print(f"| {group} | {block}, {centroids} | {size:,.0f} | {over} | {found:.2f} |", flush=True)
+            over, found = f"{8 * size / codes_bits:.2f}", math.exp(valid.nll())
+            print(
+                f"| {group} | {block}, {centroids} | {size:,.0f} | {over} | {found:.2f} |", flush=True
+            )
             with torch.no_grad():
                 for item, kept in zip(items, exact, strict=True):
                     item.weight.tensor.copy_(kept)

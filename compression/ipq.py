@@ -27,8 +27,7 @@ from .pq import (
     as_blocks,
     centroid_values,
     check_values,
-    decode_packed,
-    pack_pq,
+    put_codewords,
     quantize_shared,
     round_vectors,
     select_blocks,
@@ -119,12 +118,11 @@ class Ipq:
             if item.weight.name not in self._codebooks:
                 continue
             codebook, centroids = self._codebooks.pop(item.weight.name)
-            packed = pack_pq(codebook.codes, centroids, self.scheme)
-            item.weight.tensor.copy_(decode_packed(packed, item.weight.tensor.shape))
+            packed = put_codewords(item.weight, codebook.codes, centroids, self.scheme)
             for module, attribute in item.weight.sites:
                 parametrize.remove_parametrizations(module, attribute, leave_parametrized=False)
                 setattr(module, attribute, item.weight.tensor)
-            self._packed |= dict.fromkeys(item.weight.names, packed)
+            self._packed |= packed
         self._attached = []
         round_vectors(model)
 

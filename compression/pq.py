@@ -207,6 +207,14 @@ def quantize_shared(
     return results
 
 
+@torch.no_grad()
+def put_codewords(weight: Weight, codes: Tensor, codebook: Tensor, scheme: PqScheme) -> dict[str, Packed]:
+    """Leave in a weight what its file will decode to; the packed form under each of its names."""
+    packed = pack_pq(codes, codebook, scheme)
+    weight.tensor.copy_(decode_packed(packed, weight.tensor.shape))
+    return dict.fromkeys(weight.names, packed)
+
+
 def check_values(name: str, values: Tensor) -> None:
     """Raises: ValueError if weight or codebook holds inf or NaN, or a value that no fp16 centroid reaches."""
     largest = values.detach().abs().max()
@@ -269,9 +277,7 @@ class PostTrainingPq:
                 scheme=self._scheme,
                 iterations=self.config.pq.iterations,
             )
-            packed = pack_pq(codes, codebook, self._scheme)
-            item.weight.tensor.copy_(decode_packed(packed, item.weight.tensor.shape))
-            self._packed |= dict.fromkeys(item.weight.names, packed)
+            self._packed |= put_codewords(item.weight, codes, codebook, self._scheme)
         self._attached = []
         round_vectors(model)
 

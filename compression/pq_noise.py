@@ -31,8 +31,7 @@ from .pq import (
     as_blocks,
     centroid_values,
     check_values,
-    decode_packed,
-    pack_pq,
+    put_codewords,
     quantize_shared,
     round_vectors,
     select_blocks,
@@ -106,9 +105,7 @@ class PqNoise:
         for item, reader in zip(self._attached, self._readers, strict=True):
             unparametrize_weight(item.weight)
             if quantize:
-                packed = pack_pq(*reader.code(item.weight.tensor), self.scheme)
-                item.weight.tensor.copy_(decode_packed(packed, item.weight.tensor.shape))
-                self._packed |= dict.fromkeys(item.weight.names, packed)
+                self._packed |= put_codewords(item.weight, *reader.code(item.weight.tensor), self.scheme)
         if quantize:
             round_vectors(model)
         self._attached, self._readers = [], []

@@ -61,13 +61,14 @@ class Validator:
 
     def __call__(self) -> Validation:
         self.model.eval()
-        nll = self._nll()
+        nll = self.nll()
         hypotheses = self._translate()
         bleu = corpus_bleu(hypotheses, self.references)
         return Validation(nll, bleu.score, bleu.signature)
 
     @torch.no_grad()
-    def _nll(self) -> float:
+    def nll(self) -> float:
+        """Of a target token of the split, in nats, by the model as evaluation sees it."""
         with_loss = ModelWithLoss(self.model, 0.0).eval()
         total, tokens = 0.0, 0
         for batch in self._batches(self.config.max_tokens):
