@@ -53,9 +53,7 @@ def main() -> None:
                     books += 2 * book.numel()
             size = codes_bits / 8 + books
             over, found = f"{8 * size / codes_bits:.2f}", math.exp(valid.nll())
-            print(
-                f"| {group} | {block}, {centroids} | {size:,.0f} | {over} | {found:.2f} |", flush=True
-            )
+            print(f"| {group} | {block}, {centroids} | {size:,.0f} | {over} | {found:.2f} |", flush=True)
             with torch.no_grad():
                 for item, kept in zip(items, exact, strict=True):
                     item.weight.tensor.copy_(kept)
