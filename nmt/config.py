@@ -167,6 +167,9 @@ class TrainConfig:
     """Clip the global gradient norm to this; 0 does not clip."""
     label_smoothing: float = 0.1
     """Label smoothing of the cross entropy."""
+    dropout: float | None = None
+    """Every dropout of the model in this training, 0 to below 1; null keeps those of `model`. A model of few bits a
+    weight underfits: it needs none."""
     init_scale: float = 128.0
     """First loss scale (fp16)."""
     scale_window: int = 2000
@@ -210,6 +213,9 @@ class TrainConfig:
         for key in ("warmup_updates", "warmup_init_lr", "weight_decay", "clip_norm", "patience"):
             require(getattr(self, key) >= 0, key, f"must be at least 0, is {getattr(self, key)}")
         require(0 <= self.label_smoothing < 1, "label_smoothing", f"must be in [0, 1), is {self.label_smoothing}")
+        require(
+            self.dropout is None or 0 <= self.dropout < 1, "dropout", f"must be null or in [0, 1), is {self.dropout}"
+        )
         require(
             self.engine == "ddp" or self.precision != "fp16",
             "precision",

@@ -99,6 +99,7 @@ from fairseq.data import Dictionary, data_utils  # noqa: E402
 from fairseq.data.language_pair_dataset import collate as _fairseq_collate  # noqa: E402
 from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_NAME_REGISTRY  # noqa: E402
 from fairseq.models.transformer import TransformerModel  # noqa: E402
+from fairseq.modules import FairseqDropout  # noqa: E402
 from fairseq.sequence_generator import SequenceGenerator  # noqa: E402
 
 _RENAMED = {
@@ -172,6 +173,13 @@ def build_model(config: ModelConfig, dict_path: Path) -> nn.Module:
     """
     dictionary = load_dictionary(dict_path)
     return TransformerModel.build_model(Namespace(**model_args(config)), _Task(dictionary))
+
+
+def set_dropout(model: nn.Module, p: float) -> None:
+    """Give every dropout of a model (of embeddings and blocks, attention, activations) this probability."""
+    for module in model.modules():
+        if isinstance(module, FairseqDropout):
+            module.p = p
 
 
 class ModelWithLoss(nn.Module):

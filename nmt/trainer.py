@@ -28,7 +28,7 @@ from tenko.compression.technique import Technique, UsesMoments
 from . import checkpoint, distributed, precision, trainer_state
 from .batches import UpdateStream, to_device
 from .config import TrainConfig
-from .fairseq_bridge import ModelWithLoss
+from .fairseq_bridge import ModelWithLoss, set_dropout
 from .figures import Sums, check_overflows, train_line
 from .saver import Content, Saver
 from .schedule import learning_rate
@@ -92,6 +92,8 @@ class Trainer:
         self.scaler = precision.loss_scaler(
             self.precision, self.device, init_scale=config.init_scale, scale_window=config.scale_window
         )
+        if config.dropout is not None:
+            set_dropout(model, config.dropout)
         module = ModelWithLoss(model, config.label_smoothing, teacher=teacher, distill=config.distill).to(self.device)
         self.wrapped, self.route = (module, None) if engine else wrap(module)
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -359,7 +361,7 @@ class Trainer:
         config, now = self.config, self.updates
         contents: list[Content] = []
         if best:
-            state = {"update": now, "bleu": self.best.bleu}
+            state = {"update": now, "bleu": self.best.bleu, **trainer_state.techniques_state(self)}
             contents.append(Content(target=self.checkpoints / "best", model_state=self.parameters, state=state))
         if update:
             contents.append(

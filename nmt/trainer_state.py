@@ -9,6 +9,7 @@ they cannot be (DeepSpeed's), that is an error, never a silent loss.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tenko.comm import reshard
+from tenko.compression.technique import Technique
 
 from . import checkpoint, distributed
 from .config import TrainConfig
@@ -37,8 +39,21 @@ def shared_state(trainer: Trainer) -> dict[str, Any]:
         "scaler": trainer.scaler.state_dict(),
         "best": [best.bleu, best.update, best.since, best.nll],
         "seconds": trainer.seconds,
-        "techniques": [technique.state_dict() for technique in trainer.techniques],
+        **techniques_state(trainer),
     }
+
+
+def techniques_state(trainer: Trainer) -> dict[str, Any]:
+    """What techniques keep beside the weights, which are read by it: the codebooks of that update, for instance."""
+    states = [technique.state_dict() for technique in trainer.techniques]
+    return {"techniques": states} if states else {}
+
+
+def load_techniques(techniques: Sequence[Technique], state: dict[str, Any]) -> None:
+    """Take back what `techniques_state` gave; the checkpoint may be of a training without techniques."""
+    if kept := state.get("techniques"):
+        for technique, own_state in zip(techniques, kept, strict=True):
+            technique.load_state_dict(own_state)
 
 
 def rank_state(trainer: Trainer) -> dict[str, Any]:
@@ -76,9 +91,7 @@ def restore(trainer: Trainer, folder: Path, *, only_weights: bool = False, check
     trainer.stream.micro_batches = micro_batches
     if only_weights:
         return
-    if kept := state.get("techniques"):  # a training without techniques may be what this one goes on from
-        for technique, own_state in zip(trainer.techniques, kept, strict=True):
-            technique.load_state_dict(own_state)
+    load_techniques(trainer.techniques, state)
     if world != before:
         _from_others(trainer, folder, state, before)
         return
@@ -146,8 +159,10 @@ def load_weights(parameters: dict[str, nn.Parameter], weights: dict[str, Tensor]
             parameter.copy_(weights[name])
 
 
-def final_weights(checkpoints: Path, config: TrainConfig, last: int) -> tuple[dict[str, Tensor], str]:
-    """The weights that a finished training comes to, and in words which.
+def final_weights(
+    checkpoints: Path, config: TrainConfig, last: int, techniques: Sequence[Technique] = ()
+) -> tuple[dict[str, Tensor], str]:
+    """The weights that a finished training comes to, and in words which; techniques go back to where these were.
 
     They are the average of the last checkpoints, or the best by validation BLEU, as `config` says. Checkpoints that
     were made on notice do not count: a run that was stopped and went on ends as one that was not.
@@ -156,12 +171,14 @@ def final_weights(checkpoints: Path, config: TrainConfig, last: int) -> tuple[di
         checkpoints: their folder.
         config: of the training.
         last: its last update.
+        techniques: of the training, attached, as its last update left them: of an average they stay so.
 
     Raises:
         ValueError: one is damaged; names the file.
     """
     if config.average_last == 1:
         weights, state, _ = checkpoint.load(checkpoints / "best")
+        load_techniques(techniques, state)
         return weights, f"best validation BLEU {state['bleu']:.2f} at update {state['update']}"
     regular = [u for u in checkpoint.list_updates(checkpoints) if config.saves_at(u) or u == last]
     updates = regular[-config.average_last :]

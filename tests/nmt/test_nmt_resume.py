@@ -10,10 +10,13 @@ import pytest
 import torch
 from toy_training import Cut, differing, snapshot, toy_model, toy_trainer, train, validations
 
+from tenko.compression import QuantNoiseConfig
+from tenko.compression.config import PqNoiseConfig
+from tenko.compression.pq_noise import PqNoise
 from tenko.nmt import checkpoint, saver, trainer_state
 from tenko.nmt.corpus import Corpus
-from tenko.nmt.trainer_state import final_weights
-from tenko.nmt.validate import Validator
+from tenko.nmt.trainer_state import final_weights, load_weights
+from tenko.nmt.validate import Validation, Validator
 
 # Checkpoints fall between lines of metrics, and validations between checkpoints: nothing coincides to help.
 SETTINGS: dict[str, Any] = {
@@ -180,6 +183,30 @@ def test_the_average_leaves_out_what_was_saved_on_notice_even_if_it_is_still_the
     assert which == "average of the checkpoints of updates 2, 4"
     mean = checkpoint.average([checkpoint.path_of(tmp_path, update) for update in (2, 4)])
     assert differing(weights, mean) == []
+
+
+def test_the_best_weights_are_read_by_the_codebooks_of_their_own_update(small_corpus: Corpus, tmp_path: Path) -> None:
+    blocks = {"ffn": 4, "embedding": 4, "attention": 4}
+    config = QuantNoiseConfig(scheme="pq", p=1, pq=PqNoiseConfig(blocks=blocks, centroids=8, refit_interval=1))
+    technique = PqNoise(config, seed=1)
+    model = toy_model(small_corpus)
+    technique.attach(model)
+    trainer = toy_trainer(
+        small_corpus, tmp_path, model=model, techniques=[technique], max_update=6, valid_interval=2, lr=2e-2
+    )
+    bleus, read = validations(1.0, 9.0, 2.0), []
+
+    def validate() -> Validation:
+        read.append(model.decoder.layers[0].fc1.weight.detach().clone())
+        return bleus()
+
+    trainer.run(validate=validate)
+    weights, which = final_weights(tmp_path, trainer.config, trainer.updates, [technique])
+    assert which == "best validation BLEU 9.00 at update 4"
+    load_weights(trainer.parameters, weights, tmp_path)
+    technique.bake(model)
+    assert torch.equal(model.decoder.layers[0].fc1.weight, read[1])
+    assert not torch.equal(read[1], read[2])
 
 
 def test_a_checkpoint_of_another_model_is_refused(small_corpus: Corpus, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,25 @@ def plain_loop(trainer: Trainer, model: nn.Module, count: int, *, fused: bool) -
     for name, parameter in model.named_parameters():
         tensors |= {f"{name}/{key}": value for key, value in optimizer.state[parameter].items()}
     return tensors
+
+
+def test_a_training_may_have_a_dropout_of_its_own(small_corpus: Corpus, tmp_path: Path) -> None:
+    fields = {"dropout": 0.3, "attention_dropout": 0.2, "activation_dropout": 0.1}
+    plain = toy_trainer(small_corpus, tmp_path, model=toy_model(small_corpus))
+    kept, without = (
+        Trainer(
+            toy_model(small_corpus, **fields),
+            plain.stream,
+            replace(plain.config, dropout=dropout),
+            seed=1,
+            checkpoints=tmp_path,
+        )
+        for dropout in (None, 0.0)
+    )
+    for trainer in (kept, without, plain):
+        updates(trainer, 2)
+    assert differing(snapshot(without), snapshot(plain)) == []
+    assert differing(snapshot(kept), snapshot(plain)) != []
 
 
 @pytest.mark.parametrize("settings", [{}, {"update_freq": 2, "weight_decay": 0.1}, {"clip_norm": 0.5}])
