@@ -79,7 +79,15 @@ def cells(updates: int, lr: float) -> list[Cell]:
     def noise(scheme: str, p: float, count: int, **more: Any) -> dict[str, Any]:
         return {"quant_noise": {"scheme": scheme, "p": p, "train": train(count), **more}}
 
-    half, third = updates // 2, updates // 3
+    def thin(count: int) -> dict[str, Any]:
+        """At 1.5 bits a weight every path has a rate that falls to 0, and no dropout: such a model underfits."""
+        return {**train(count), "lr": 2 * lr, "lr_schedule": "linear", "dropout": 0.0}
+
+    def pq_noise(scheme: str, p: float, count: int) -> dict[str, Any]:
+        more = {"scheme": scheme, "p": p, "pq": {**PQ, "refit_interval": 0}}
+        return {"quant_noise": {**more, "train": {**thin(count), "distill": {"weight": 1.0}}}}
+
+    half = updates // 2
     found = [Cell("fp32", "none", ({"train": train(updates)},))]
     for scheme, more in (("int8", {}), ("int4", {"clip": "mse"})):
         found += [
@@ -87,19 +95,16 @@ def cells(updates: int, lr: float) -> list[Cell]:
             Cell(scheme, "qat", (noise(scheme, 1.0, updates, **more),)),
             Cell(scheme, "noise", (noise(scheme, 0.5, updates, **more),)),
         ]
-    # The noise of product quantization takes half of the updates, a third of the rest each group of iPQ. QAT takes two
-    # thirds; its weights are codewords then, whose centroids are trained together in the rest.
+    # The noise of product quantization takes half of the updates, a third of the rest each group of iPQ.
     found += [
         Cell("pq", "before-plain", ({"train": train(half)},), shown=False),
-        Cell("pq", "before-noise", (noise("pq", 0.1, half, pq=PQ),), shown=False),
+        Cell("pq", "before-noise", (pq_noise("pq", 0.1, half),), shown=False),
     ]
     for scheme in ("pq", "pq_int8"):
         found.append(Cell(scheme, "ptq", ({"quantize": {"scheme": scheme, "pq": PQ}},), after="fp32-none"))
-        ipq = {"scheme": scheme, **PQ, "distill": {"weight": 0.5}}
-        together = {"ipq": {**ipq, "together": True, "train": train(third)}}
-        found.append(Cell(scheme, "qat", (noise(scheme, 1.0, updates - third, pq=PQ), together)))
-        apart = {"ipq": {**ipq, "train": train((updates - half) // 3)}}
-        found += [Cell(scheme, method, (apart,), after=f"pq-before-{method}") for method in ("plain", "noise")]
+        found.append(Cell(scheme, "qat", (pq_noise(scheme, 1.0, updates),)))
+        ipq = {"ipq": {"scheme": scheme, **PQ, "distill": {"weight": 1.0}, "train": thin((updates - half) // 3)}}
+        found += [Cell(scheme, method, (ipq,), after=f"pq-before-{method}") for method in ("plain", "noise")]
     return found
 
 

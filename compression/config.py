@@ -55,12 +55,14 @@ class PqNoiseConfig(PqConfig):
     noise: Literal["codeword", "zero"] = "codeword"
     """What a block becomes under noise: its codeword, or zeros, which need no k-means (the paper's cheap proxy)."""
     refit_interval: int = 500
-    """Updates between k-means anew, from the codebooks so far; codes and codebooks stay as they are in between."""
+    """Updates between k-means anew, from the codebooks so far, which stay as they are in between; 0 fits them once,
+    before the first update. k-means does not know the loss: where the learning rate is too low to mend what a refit
+    changes, it undoes some of the training."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.refit_interval < 1:
-            raise ValueError(f"refit_interval: must be at least 1, is {self.refit_interval}")
+        if self.refit_interval < 0:
+            raise ValueError(f"refit_interval: must be at least 0, is {self.refit_interval}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,10 +2,11 @@
 
 A block becomes its codeword (`noise: codeword`) or zeros (`noise: zero`, the paper's cheap proxy); gradients pass
 straight through to all stored weights. The mask is drawn once an update by (seed, update, weight), for all ranks and
-micro-batches. k-means is too slow for every update: codebooks are fitted at the first one and every `refit_interval`,
-from the codebooks so far, and kept in between. Codes follow the weights at each update, of the blocks that it replaces:
-were they kept too, blocks would read the same however far their weights had moved, and at p = 1 weights run away.
-Evaluation reads all blocks quantized, by the nearest centroid at that moment; with zeros it reads exact weights.
+micro-batches. k-means is too slow for every update: codebooks are fitted at the first one and every `refit_interval`
+(0: never again), from the codebooks so far, and kept in between. Codes follow the weights at each update, of the blocks
+that it replaces: were they kept too, blocks would read the same however far their weights had moved, and at p = 1
+weights run away. Evaluation reads all blocks quantized, by the nearest centroid at that moment; with zeros it reads
+exact weights.
 
 Below p = 1 the trained weights stay dense (`bake` leaves them exact), and product quantization follows. At p = 1, which
 is quantization-aware training, they have learned to be read as codewords: `bake` quantizes them by the last codebooks,
@@ -80,9 +81,9 @@ class PqNoise:
         """
         self._update = update
         self._forget()
-        if self.config.pq.noise == "codeword" and (
-            not self._fitted or update % self.config.pq.refit_interval == 0  # the first may be after a rewind
-        ):
+        interval = self.config.pq.refit_interval
+        due = interval > 0 and update % interval == 0
+        if self.config.pq.noise == "codeword" and (due or not self._fitted):  # the first may be after a rewind
             self._fit()
 
     def after_update(self, update: int) -> None:

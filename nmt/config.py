@@ -154,7 +154,9 @@ class TrainConfig:
     lr: float = 5e-4
     """Peak learning rate."""
     warmup_updates: int = 4000
-    """Updates of linear warm-up from `warmup_init_lr` to `lr`; then lr * sqrt(warmup_updates / update)."""
+    """Updates of linear warm-up from `warmup_init_lr` to `lr`."""
+    lr_schedule: Literal["inverse_sqrt", "linear"] = "inverse_sqrt"
+    """After warm-up: lr * sqrt(warmup_updates / update); or linear, to 0 at max_update."""
     warmup_init_lr: float = 1e-7
     """Learning rate at update 0."""
     adam_betas: tuple[float, float] = (0.9, 0.98)

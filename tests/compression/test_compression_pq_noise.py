@@ -159,8 +159,13 @@ def test_evaluation_under_zero_noise_reads_exact_weights(small_corpus: Corpus) -
     assert not changed_blocks(model, "encoder.layers.0.fc1", 8).any()
 
 
-def test_codebooks_are_fitted_again_at_the_interval_and_not_between(small_corpus: Corpus) -> None:
-    technique = noise(refit_interval=3)
+@pytest.mark.parametrize(
+    ("interval", "kept"), [(3, [True, True, False, True, True, False]), (0, [True] * 6)], ids=["each 3rd", "once"]
+)
+def test_codebooks_are_fitted_again_at_the_interval_and_not_between(
+    small_corpus: Corpus, interval: int, kept: list[bool]
+) -> None:
+    technique = noise(refit_interval=interval)
     model = attached(small_corpus, technique)
     reader = model.encoder.layers[0].fc1.parametrizations.weight[0]
     fitted = []
@@ -171,7 +176,7 @@ def test_codebooks_are_fitted_again_at_the_interval_and_not_between(small_corpus
             model.encoder.layers[0].fc1.parametrizations.weight.original.mul_(1.5)
         technique.after_update(update)
     same = [torch.equal(one, next) for one, next in pairwise(fitted)]
-    assert same == [True, True, False, True, True, False]
+    assert same == kept
 
 
 def test_codewords_follow_weights_that_move_between_refits(small_corpus: Corpus) -> None:
