@@ -9,14 +9,16 @@ Notable:
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
 import struct
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +48,12 @@ APPLIED, FINITE, LAST = 1, 1, 1
 """Flags: of WEIGHTS, the update was made; of PUSH, the gradient is finite; of BYE, no other training follows."""
 _CARD = struct.Struct("<i252s")
 """What a rank tells all others at first: its role, its host's name."""
+
+
+_ALONE = (
+    f"{{}}: MPI_Init waited {JOIN_TIMEOUT:g} s for ranks of this job that have not joined MPI; "
+    "workers of a recipe join with comm.servers: dedicated"
+)
 
 
 class Silence(RuntimeError):
@@ -223,7 +231,8 @@ def meet(role: int, comm: Any = None) -> Link:
         Silence: not all ranks came.
     """
     try:
-        from mpi4py import MPI
+        with ended_unless_done(JOIN_TIMEOUT, _ALONE.format("server" if role == SERVER else "worker")):
+            from mpi4py import MPI
     except ImportError as error:
         raise ValueError(f"comm: dedicated servers need mpi4py and an MPI (pip install tenko[mpi]): {error}") from None
     comm = MPI.COMM_WORLD if comm is None else comm
@@ -278,6 +287,27 @@ def end_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, daemon=True, name="tenko parent").start()
+
+
+_WATCH = """
+import os, select, sys
+seconds, program, text = float(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+if not select.select([0], [], [], seconds)[0]:
+    print(text, file=sys.stderr, flush=True)
+    os.kill(program, 9)
+"""
+
+
+@contextlib.contextmanager
+def ended_unless_done(seconds: float, text: str) -> Iterator[None]:
+    """Kill this process, with a line on stderr, if the block takes longer.
+
+    For MPI_Init, which under `srun --mpi=pmix` waits for all processes of the step, those too that never call it. It
+    keeps the interpreter's lock meanwhile, so that no thread and no signal handler could do this: a process does.
+    """
+    command = [sys.executable, "-S", "-c", _WATCH, str(seconds), str(os.getpid()), text]
+    with subprocess.Popen(command, stdin=subprocess.PIPE):  # leaving it closes stdin, which ends it
+        yield
 
 
 def abort_on_exceptions(comm: Any = None) -> Callable[[], None]:
