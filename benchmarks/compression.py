@@ -80,12 +80,8 @@ def cells(updates: int, lr: float) -> list[Cell]:
         return {"quant_noise": {"scheme": scheme, "p": p, "train": train(count), **more}}
 
     def thin(count: int) -> dict[str, Any]:
-        """At 1.5 bits a weight every path has a rate that falls to 0, and no dropout: such a model underfits."""
+        """Of a model at 1.5 bits a weight: it underfits, so no dropout, and the rate falls to 0."""
         return {**train(count), "lr": 2 * lr, "lr_schedule": "linear", "dropout": 0.0}
-
-    def pq_noise(scheme: str, p: float, count: int) -> dict[str, Any]:
-        more = {"scheme": scheme, "p": p, "pq": {**PQ, "refit_interval": 0}}
-        return {"quant_noise": {**more, "train": {**thin(count), "distill": {"weight": 1.0}}}}
 
     half = updates // 2
     found = [Cell("fp32", "none", ({"train": train(updates)},))]
@@ -98,11 +94,13 @@ def cells(updates: int, lr: float) -> list[Cell]:
     # The noise of product quantization takes half of the updates, a third of the rest each group of iPQ.
     found += [
         Cell("pq", "before-plain", ({"train": train(half)},), shown=False),
-        Cell("pq", "before-noise", (pq_noise("pq", 0.1, half),), shown=False),
+        Cell("pq", "before-noise", (noise("pq", 0.1, half, pq=PQ),), shown=False),
     ]
     for scheme in ("pq", "pq_int8"):
         found.append(Cell(scheme, "ptq", ({"quantize": {"scheme": scheme, "pq": PQ}},), after="fp32-none"))
-        found.append(Cell(scheme, "qat", (pq_noise(scheme, 1.0, updates),)))
+        learned = {"scheme": scheme, "p": 1.0, "pq": {**PQ, "refit_interval": 0}}
+        learned["train"] = {**thin(updates), "distill": {"weight": 1.0}}
+        found.append(Cell(scheme, "qat", ({"quant_noise": learned},)))
         ipq = {"ipq": {"scheme": scheme, **PQ, "distill": {"weight": 1.0}, "train": thin((updates - half) // 3)}}
         found += [Cell(scheme, method, (ipq,), after=f"pq-before-{method}") for method in ("plain", "noise")]
     return found
