@@ -306,7 +306,8 @@ def ended_unless_done(seconds: float, text: str) -> Iterator[None]:
     keeps the interpreter's lock meanwhile, so that no thread and no signal handler could do this: a process does.
     """
     command = [sys.executable, "-S", "-c", _WATCH, str(seconds), str(os.getpid()), text]
-    with subprocess.Popen(command, stdin=subprocess.PIPE):  # leaving it closes stdin, which ends it
+    # Leaving closes stdin, which ends it; Ctrl-C is not for it.
+    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True):
         yield
 
 
