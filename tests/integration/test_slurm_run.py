@@ -201,8 +201,9 @@ def skip_without(cluster: Cluster, mpi: str) -> None:
 
 
 def meet(cluster: Cluster, folder: Path, mpi: str, nodes: int, tasks: int) -> list[tuple[World, float, str, str]]:
-    """What each of so many tasks finds out, with nothing set but by srun."""
+    """What each of so many tasks finds out, with nothing set but by srun, on the first nodes of the cluster."""
     where = [*cluster.prefix(cluster.nodes), "srun", f"--mpi={mpi}", "--exclusive", "-N", str(nodes)]
+    where += ["-w", f"n[0-{nodes - 1}]"]  # else SLURM takes others while a job before is still being cleaned up
     skip_without(cluster, mpi)
     there = {name: value for name, value in environment().items() if name != "GLOO_SOCKET_IFNAME"}
     command = [*where, "-n", str(tasks), sys.executable, "-c", MEET, str(folder)]
