@@ -157,6 +157,7 @@ def _stages(node: Node | None, place: str, problems: Problems) -> tuple[StageSpe
         return ()
     specs: list[StageSpec] = []
     training: Node | None = None
+    before = len(problems.found)
     for index, item in enumerate(node.value):
         if isinstance(item.value, str):  # `- quantize`: every default
             item = Node(item.place, {item.value: Node(item.place, None, "")}, keys={item.value: item.place})
@@ -183,10 +184,10 @@ def _stages(node: Node | None, place: str, problems: Problems) -> tuple[StageSpe
         bad_order = why_not(kind, specs)
         if bad_order:
             problems.add(item.keys[kind], kind, bad_order)
-        settings, mistakes = _inherit(STAGE_CONFIGS[kind], item.value[kind], training), len(problems.found)
+        settings = _inherit(STAGE_CONFIGS[kind], item.value[kind], training)
         training = training or (item.value[kind] if kind == "train" else None)
         config = build(STAGE_CONFIGS[kind], settings, name, problems)
-        if len(problems.found) == mistakes and not bad_order:
+        if len(problems.found) == before:  # it looks at the stages so far, which must be whole
             senseless = problem(kind, config, specs)
             if senseless is not None:
                 place = settings.keys.get(senseless[0].partition(".")[0], item.keys[kind])

@@ -211,6 +211,8 @@ def test_a_later_training_inherits_what_the_stage_train_says() -> None:
             "[train, export, quantize]",
             "quantize: must follow pretrained, train, lottery or quant_noise, follows export",
         ),
+        ("[train, quant_noise: {scheme: pq, p: 2}, ipq]", "quant_noise.p: must be above 0 and at most 1, is 2.0"),
+        ("[train: {lr: 0}, lottery]", "train.lr: must be above 0, is 0.0"),
         ("[train: {dropout: 1.0}]", "train.dropout: must be null or in [0, 1), is 1.0"),
         ("[train: {lr_schedule: cosine}]", "train.lr_schedule: must be one of inverse_sqrt, linear, is cosine"),
         ("[train: {distill: {weight: 0.5}}]", "train.distill.weight: must be 0 in the first stage"),
