@@ -62,7 +62,7 @@ def label(config: LotteryConfig) -> str:
     parts = [NAMES[config.control]]
     if config.control != "reinit":
         parts.append(f"rewound to {config.rewind_to}" if config.control != "no_rewind" else "")
-    parts += ["one-shot"] if config.one_shot else []
+    parts += ["one-shot"] if config.one_shot and not config.masks_of else []
     parts += [f"scope {config.scope}"] if config.scope != "global" and config.control != "stabilised" else []
     parts += ["embeddings too"] if config.embeddings else []
     parts += ["moments zero"] if config.moments == "zero" and config.control in ("none", "random") else []

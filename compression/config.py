@@ -169,7 +169,13 @@ class LotteryConfig:
     weights at `rewind_to` by their signs, in one magnitude."""
     masks_of: str = ""
     """With a control random, reinit or constant: the name of an earlier lottery stage of the recipe, whose masks it
-    takes round by round. Without, each round prunes what the round before it trained."""
+    takes round by round; with `one_shot`, those of its round `rounds` alone. Without, each round prunes what the round
+    before it trained."""
+
+    @property
+    def prunings(self) -> tuple[int, ...]:
+        """How often the fraction has been pruned, by round."""
+        return (self.rounds,) if self.one_shot else tuple(range(1, self.rounds + 1))
 
     def __post_init__(self) -> None:
         if self.rounds < 1:

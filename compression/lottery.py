@@ -50,9 +50,16 @@ class Round:
 
 def rounds(config: LotteryConfig) -> list[Round]:
     """The rounds of a stage, in order; one-shot pruning has one."""
-    if config.one_shot:
-        return [Round(1, config.rounds)]
-    return [Round(number, number) for number in range(1, config.rounds + 1)]
+    return [Round(number, prunings) for number, prunings in enumerate(config.prunings, start=1)]
+
+
+def round_of(config: LotteryConfig, prunings: int) -> Round:
+    """The round of a stage whose weights have been pruned so often.
+
+    Raises:
+        ValueError: it has none.
+    """
+    return Round(config.prunings.index(prunings) + 1, prunings)
 
 
 @dataclass(frozen=True)
@@ -97,7 +104,7 @@ def masks_of_round(
         trained: weights that the round before ended with, the dense model's for round 1.
         before: masks of the round before; all ones for round 1.
         seed: of random masks.
-        given: the masks of the same round of another stage (`masks_of`), which are taken instead of pruning.
+        given: masks of another stage (`masks_of`), of its round by `round_of`, which are taken instead of pruning.
 
     Raises:
         ValueError: see `prune`.

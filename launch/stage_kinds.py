@@ -141,12 +141,13 @@ def _lottery_problem(config: LotteryConfig, before: Sequence[Spec]) -> tuple[str
             mine, its = getattr(config, key), getattr(other, key)
             if mine != its:
                 return key, f"must be as in {config.masks_of}, whose masks are taken ({its}), is {mine}"
-        if config.rounds > other.rounds:
-            return "rounds", f"must be at most those of {config.masks_of} ({other.rounds}), is {config.rounds}"
+        if missing := set(config.prunings) - set(other.prunings):
+            what = f"{config.masks_of} has no masks after {min(missing)} prunings"
+            return "rounds", f"{what}; it has them after {', '.join(map(str, other.prunings))}"
     return None
 
 
-_SAME_MASKS = ("fraction", "one_shot", "scope", "granularity", "embeddings", "include", "exclude")
+_SAME_MASKS = ("fraction", "scope", "granularity", "embeddings", "include", "exclude")
 
 
 def _either(kinds: Sequence[str]) -> str:

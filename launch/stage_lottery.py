@@ -77,8 +77,8 @@ class _Stage:
     """Of each round: the stage train's."""
     dense: Path
     """Folder of the stage train."""
-    masks_of: Path | None
-    """Folder of the lottery stage whose masks are taken."""
+    masks_of: tuple[Path, LotteryConfig] | None
+    """The lottery stage whose masks are taken, and its folder."""
 
     @classmethod
     def of(cls, context: StageContext) -> _Stage:
@@ -91,8 +91,10 @@ class _Stage:
         assert isinstance(training, TrainConfig)
         kept = (config.rewind_to,) if config.control == "stabilised" else ()
         training = dataclasses.replace(training, keep_updates=kept, profile=ProfileConfig())
-        other = next((i for i, spec in enumerate(stages[:own]) if spec.name == config.masks_of), None)
-        masks_of = None if other is None else run.stage_directory(other)
+        masks_of = None
+        for index, spec in enumerate(stages[:own]):
+            if spec.name == config.masks_of and isinstance(spec.config, LotteryConfig):
+                masks_of = run.stage_directory(index), spec.config
         return cls(context, config, training, run.stage_directory(train), masks_of)
 
     def check(self) -> None:
@@ -115,7 +117,10 @@ def _masks(stage: _Stage, this: lottery.Round, trained: Path, before: Masks, dev
         if file.exists():
             masks = _read_masks(file)
         else:
-            given = None if stage.masks_of is None else _read_masks(stage.masks_of / this.folder / MASKS)
+            given = None
+            if stage.masks_of is not None:
+                folder, other = stage.masks_of
+                given = _read_masks(folder / lottery.round_of(other, this.prunings).folder / MASKS)
             weights = dict(read_model(trained / ARTEFACT)[0].named_parameters())
             seed = stage.context.recipe.seed
             masks = lottery.masks_of_round(stage.config, this, weights, before, seed=seed, given=given)

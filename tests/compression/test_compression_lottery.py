@@ -18,6 +18,7 @@ from tenko.compression.lottery import (
     mask_optimizer,
     masks_of_round,
     reinit_seed,
+    round_of,
     rounds,
     start_of,
 )
@@ -37,6 +38,10 @@ def ones(of: dict[str, Tensor]) -> Masks:
 def test_iterative_pruning_has_as_many_rounds_as_prunings_and_one_shot_has_one() -> None:
     assert rounds(LotteryConfig(rounds=3)) == [Round(1, 1), Round(2, 2), Round(3, 3)]
     assert rounds(LotteryConfig(rounds=3, one_shot=True)) == [Round(1, 3)]
+    assert round_of(LotteryConfig(rounds=3), 2) == Round(2, 2)
+    assert round_of(LotteryConfig(rounds=3, one_shot=True), 3) == Round(1, 3)
+    with pytest.raises(ValueError, match="not in tuple"):
+        round_of(LotteryConfig(rounds=3, one_shot=True), 2)
     assert Round(7, 7).folder == "round-07"
 
 

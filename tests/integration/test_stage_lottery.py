@@ -230,6 +230,8 @@ def test_controls_train_what_they_say(small_tsv: Path, tmp_path: Path) -> None:
             "stabilised": {"scope": "module", "moments": "zero"},
         }.items()
     ]
+    alone = {**ticket, "control": "reinit", "masks_of": "lottery", "one_shot": True}
+    controls.append({"lottery": alone, "name": "alone"})
     # a learning rate of (nearly) zero and no decay: what a round ends with is what it began with
     still = {
         "lr": 1e-30,
@@ -241,6 +243,7 @@ def test_controls_train_what_they_say(small_tsv: Path, tmp_path: Path) -> None:
     }
     run(recipe(tmp_path, small_tsv, {"lottery": ticket}, *controls, workers=1, **still), tmp_path / "run")
     stages = {path.name[2:]: path for path in (tmp_path / "run").glob("?-*")}
+    only = stages.pop("alone")
     masks = {name: round_masks(stages[name] / "round-02") for name in stages if name != "train"}
     assert masks["random"].counts == masks["lottery"].counts
     assert masks["random"] != masks["lottery"] == masks["reinit"] == masks["constant"]
@@ -256,6 +259,10 @@ def test_controls_train_what_they_say(small_tsv: Path, tmp_path: Path) -> None:
         assert not torch.isclose(ends["reinit"][name], dense[name])[mask].any(), name
         assert len(ends["constant"][name][mask].abs().unique()) == 1
         assert torch.equal(ends["constant"][name].sign(), dense[name].sign() * mask)
+    assert [path.name for path in only.glob("round-*")] == ["round-01"]
+    assert round_masks(only / "round-01") == masks["lottery"], "of the round with as many prunings"
+    end = checkpoint.load(checkpoint.path_of(only / "round-01/checkpoints", 8))[0]
+    assert all(torch.equal(end[name], weight) for name, weight in ends["reinit"].items())
     begins = {name: _first_update(stages[name] / "round-02") for name in masks}
     assert begins == {**dict.fromkeys(masks, 8), "reinit": 4, "stabilised": 4}, "first line of metrics: every 4 updates"
 
@@ -267,16 +274,21 @@ def _first_update(folder: Path) -> int:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"fraction": 1.0}, "lottery.fraction: must be in [0, 1), is 1.0"),
-        ({"rounds": 0}, "lottery.rounds: must be at least 1, is 0"),
-        ({"rewind_to": 7}, "lottery.rewind_to: update 7 is not among train.keep_updates: 0, 6"),
-        ({"control": "random", "masks_of": "other"}, "lottery.masks_of: other is no lottery stage before this one"),
+        ({"fraction": 1.0}, "control.fraction: must be in [0, 1), is 1.0"),
+        ({"rounds": 0}, "control.rounds: must be at least 1, is 0"),
+        ({"rewind_to": 7}, "control.rewind_to: update 7 is not among train.keep_updates: 0, 6"),
+        ({"control": "random", "masks_of": "other"}, "control.masks_of: other is no lottery stage before this one"),
+        (
+            {"control": "random", "masks_of": "lottery", "rounds": 3},
+            "control.rounds: lottery has no masks after 3 prunings; it has them after 1, 2",
+        ),
     ],
 )
 def test_bad_settings_are_one_line_before_any_training(
     small_tsv: Path, tmp_path: Path, settings: dict[str, Any], message: str
 ) -> None:
-    path = recipe(tmp_path, small_tsv, {"lottery": {**TICKET, **settings}})
+    control = {"lottery": {**TICKET, **settings}, "name": "control"}
+    path = recipe(tmp_path, small_tsv, {"lottery": TICKET}, control)
     done = tenko("run", path, "--run-dir", tmp_path / "run")
     assert done.code == 2
     assert len(done.errors) == 1, done.errors
