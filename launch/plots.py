@@ -45,9 +45,9 @@ def stage_plots(entries: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
         "Loss",
         "nats a target token",
         [
-            curve(train, "loss", "training, label-smoothed"),
-            curve(train, "nll", "training"),
-            curve(valid, "nll", "validation", marker=True),
+            curve(train, "loss", "training, what is minimised"),
+            curve(train, "nll", "training, cross entropy"),
+            curve(valid, "nll", "validation, cross entropy", marker=True),
         ],
     )
     add("BLEU on validation sentences", "BLEU", [curve(valid, "bleu", "BLEU", marker=True)])
