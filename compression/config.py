@@ -88,6 +88,8 @@ class QuantizeConfig:
     def __post_init__(self) -> None:
         if self.clip == "mse" and self.scheme not in ("int8", "int4"):
             raise ValueError(f"clip: mse is for int8 and int4, scheme is {self.scheme}; valid is max")
+        if self.granularity == "tensor" and self.scheme.startswith("pq"):
+            raise ValueError(f"granularity: tensor is for the other schemes, scheme is {self.scheme}; valid is channel")
         if not self.include:
             raise ValueError("include: must name at least one pattern, for instance ['*']")
 
@@ -114,6 +116,8 @@ class QuantNoiseConfig(QuantizeConfig):
             raise ValueError(f"block_size: must be at least 1, is {self.block_size}")
         if self.scheme.startswith("pq") and self.block_size != 1:
             raise ValueError(f"block_size: is for the other schemes; {self.scheme} takes its blocks from pq.blocks")
+        if self.scheme.startswith("pq") and self.p == 1 and self.pq.noise == "zero":
+            raise ValueError("p: must be below 1 with pq.noise: zero, which would leave nothing else, is 1")
         if self.scheme.startswith("pq") and self.activations:
             raise ValueError(f"activations: must be false with scheme {self.scheme}; valid with the other schemes")
         if not 0 <= self.ema_decay < 1:

@@ -40,7 +40,8 @@ CENTROIDS = 1 << 16
 """The most centroids of a codebook."""
 
 _FLOATS = (torch.float32, torch.float16)
-_DENSE = (*_FLOATS, torch.int64, torch.int32, torch.bool)
+DENSE = (*_FLOATS, torch.int64, torch.int32, torch.bool)
+"""What a tensor without a scheme may be; of a float of another type fp32 is stored."""
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,7 @@ def _body(form: Form, parts: Mapping[str, Tensor]) -> tuple[tuple[torch.dtype, .
     if form.mask and form.scheme in ("dense", "int8"):
         return (_FLOATS if form.scheme == "dense" else (torch.int8,)), (_count(form, parts),)
     if form.scheme in ("dense", "int8"):
-        return (_DENSE if form.scheme == "dense" else (torch.int8,)), form.shape
+        return (DENSE if form.scheme == "dense" else (torch.int8,)), form.shape
     count = _count(form, parts)
     if form.scheme == "ternary" and not form.mask:
         return (torch.uint8,), (bits.trit_bytes(count),)

@@ -83,6 +83,8 @@ class QuantNoise:
         self.quantizer = make_quantizer(config)
         self.ranges = InputRanges(noise.ema_decay) if noise.activations else None
         self._optimizer: Optimizer | None = None
+        self._moments: dict[str, Tensor] = {}
+        """Second moments by name, as a checkpoint has them, until the next update."""
         self._update = 0
         self._attached: list[Weight] = []
         self._readers: list[NoisyWeight] = []
@@ -125,6 +127,7 @@ class QuantNoise:
 
     def after_update(self, update: int) -> None:
         """Take the new weights and the inputs' ranges in."""
+        self._moments = {}
         self._forget()
         if self.ranges is not None:
             self.ranges.update()
@@ -157,13 +160,19 @@ class QuantNoise:
         return self._packed.get(name)
 
     def state_dict(self) -> dict[str, Any]:
-        """The inputs' ranges; masks follow from the update's number."""
-        return {} if self.ranges is None else {"ranges": self.ranges.state_dict()}
+        """The inputs' ranges, and the moments that the weights are read with; masks follow from the update's number."""
+        state: dict[str, Any] = {} if self.ranges is None else {"ranges": self.ranges.state_dict()}
+        if self.quantizer.uses_importance:
+            moments = {weight.name: self._moment(weight) for weight in self._attached}
+            state["moments"] = {name: moment.clone() for name, moment in moments.items() if moment is not None}
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `Technique.load_state_dict`."""
         if self.ranges is not None and "ranges" in state:
             self.ranges.load_state_dict(state["ranges"])
+        self._moments = state.get("moments", {})
+        self._forget()
 
     @torch.no_grad()
     def read(self, stored: Tensor, weight: Weight, position: int, *, noisy: bool) -> Tensor:
@@ -181,8 +190,14 @@ class QuantNoise:
 
     def _importance(self, weight: Weight) -> Tensor | None:
         """sqrt(v) of Adam's second moment v, as LAQ weights errors; None before the first update."""
+        moment = self._moment(weight)
+        return None if moment is None else moment.sqrt().add_(EPSILON)
+
+    def _moment(self, weight: Weight) -> Tensor | None:
+        if weight.name in self._moments:
+            return self._moments[weight.name].to(weight.tensor.device)
         state = {} if self._optimizer is None else self._optimizer.state.get(weight.tensor, {})
-        return state["exp_avg_sq"].sqrt().add_(EPSILON) if "exp_avg_sq" in state else None
+        return state.get("exp_avg_sq")
 
     def _forget(self) -> None:
         for reader in self._readers:

@@ -30,7 +30,7 @@ from .container import (
     shown,
     write_container,
 )
-from .layout import MASKABLE, SCHEMES, Form, decode, encode, find_parts, short
+from .layout import DENSE, MASKABLE, SCHEMES, Form, decode, encode, find_parts, short
 from .technique import Packed, Technique
 
 FORMAT = 2
@@ -77,7 +77,8 @@ def write_artefact(
         zstd: level, 1 to 22: the file is compressed whole, and its name ends in `.zst`. None leaves it plain.
 
     Raises:
-        ValueError: zstd is no level, or the file would decode to more than `read_artefact` takes.
+        ValueError: zstd is no level, a tensor has a type that is not for files, or the file would decode to more than
+            `read_artefact` takes.
         OSError: the file can't be written (disk full, ...); nothing is left half-written.
     """
     assert not set(metadata) & set(_OURS), f"{_OURS} are set by write_artefact"
@@ -91,6 +92,9 @@ def write_artefact(
         if first != name:
             tied[name] = first
             continue
+        if tensor.dtype not in DENSE and not tensor.is_floating_point():
+            valid = ", ".join(map(str, DENSE))
+            raise ValueError(f"tensor {name} is {tensor.dtype}, which has no place in an artefact; valid: {valid}")
         packed = technique.pack(name) if technique is not None else None
         form, parts = encode(tensor, packed)
         keyed = {form.key(name, part): value for part, value in parts.items()}

@@ -30,7 +30,8 @@ class Reader(nn.Module, ABC):
         """`read`, or what it gave last for the same weight in the same mode."""
         key = (stored.data_ptr(), stored._version, self.training)
         if self._value is None or self._key != key:
-            with torch.no_grad():
+            # Autocast would round some sums of a quantizer to 16 bits, and the file would decode to something else.
+            with torch.no_grad(), torch.autocast(stored.device.type, enabled=False):
                 self._value = self.read(stored)
             self._key = key
         return self._value

@@ -84,7 +84,7 @@ def tickets_figure(series: Sequence[Series], dense: Sequence[float], *, title: s
     axes.set_xscale("log")
     ticks: set[float] = set()
     for index, line in enumerate(series):
-        points = sorted(line.bleus.items(), reverse=True)
+        points = sorted(((left, bleus) for left, bleus in line.bleus.items() if left > 0), reverse=True)
         percent = [100 * fraction for fraction, _ in points]
         colour = COLOURS[index % len(COLOURS)]
         means = [sum(values) / len(values) for _, values in points]
@@ -93,7 +93,7 @@ def tickets_figure(series: Sequence[Series], dense: Sequence[float], *, title: s
         if any(len(values) > 1 for _, values in points):
             low, high = [min(values) for _, values in points], [max(values) for _, values in points]
             axes.fill_between(percent, low, high, color=colour, alpha=0.15, linewidth=0)
-        ticks |= {round(x, 1) for x in percent}
+        ticks |= {float(f"{x:.2g}") if x < 10 else round(x, 1) for x in percent}
     if dense:
         axes.axhline(sum(dense) / len(dense), color="#888888", linestyle="--", linewidth=1.2, label="dense")
     shown = _apart(sorted(ticks, reverse=True))

@@ -109,6 +109,8 @@ def problem(kind: str, config: StageConfig, before: Sequence[Spec]) -> tuple[str
         noise = before[-1].config.scheme
         if not noise.startswith("pq"):
             return "", f"can't follow quant_noise with scheme {noise}, which leaves quantized weights already"
+        if kind == "quantize" and before[-1].config.p == 1:
+            return "", f"can't follow quant_noise with scheme {noise} and p: 1, which leaves codewords already"
         if kind == "quantize" and not scheme.startswith("pq"):
             return "scheme", f"must be pq or pq_int8 after quant_noise with scheme {noise}, is {scheme}"
     if isinstance(config, TrainConfig) and not before and config.distill.weight > 0:

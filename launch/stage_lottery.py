@@ -77,6 +77,8 @@ class _Stage:
     """Of each round: the stage train's."""
     dense: Path
     """Folder of the stage train."""
+    taught_by: Path | None
+    """The stage that the stage train learned from, if it did; its rounds do, too."""
     masks_of: tuple[Path, LotteryConfig] | None
     """The lottery stage whose masks are taken, and its folder."""
 
@@ -95,7 +97,8 @@ class _Stage:
         for index, spec in enumerate(stages[:own]):
             if spec.name == config.masks_of and isinstance(spec.config, LotteryConfig):
                 masks_of = run.stage_directory(index), spec.config
-        return cls(context, config, training, run.stage_directory(train), masks_of)
+        taught_by = run.stage_directory(train - 1) if training.distill.weight > 0 else None
+        return cls(context, config, training, run.stage_directory(train), taught_by, masks_of)
 
     def check(self) -> None:
         """Raise ValueError unless what the rounds rewind to is there."""
@@ -150,6 +153,7 @@ def _run_round(
     begin = lottery.start_of(stage.config)
     model, model_config = _first_weights(stage, begin, masks, trained, corpus)
     model = model.to(accelerator.device)
+    teacher = None if stage.taught_by is None else read_model(stage.taught_by / ARTEFACT)[0].to(accelerator.device)
     technique = PrunedWeights(masks)
     technique.attach(model)
     figures = train_model(
@@ -161,6 +165,7 @@ def _run_round(
         folder=folder,
         title=title,
         techniques=[technique],
+        teacher=teacher,
         begin=lambda trainer: _rewind(trainer, stage, begin, technique, trained),
     ).figures()
     technique.bake(model)

@@ -11,16 +11,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from tenko.compression import read_artefact
 from tenko.compression.config import IpqConfig, LotteryConfig, QuantizeConfig
 from tenko.compression.noise import select_noisy
 from tenko.compression.pq import select_blocks
 from tenko.compression.pruning import prunable
 from tenko.nmt import distributed
+from tenko.nmt.artefact_model import open_artefact
 from tenko.nmt.config import ModelConfig, TrainConfig
 from tenko.nmt.corpus import Corpus
 from tenko.nmt.deepspeed_engine import plugin
-from tenko.nmt.fairseq_bridge import build_model
 from tenko.nmt.prepare import prepare
 
 from .job import PATIENCE
@@ -116,11 +115,7 @@ def read_model(folder: Path) -> tuple[nn.Module, ModelConfig]:
     Raises:
         ValueError: a file is missing, damaged, or holds another model; the message names it.
     """
-    state, metadata = read_artefact(folder)
-    config = ModelConfig(**metadata["model"])
-    model = build_model(config, folder / "dict.txt")
-    model.load_state_dict(state, strict=True)
-    return model, config
+    return open_artefact(folder)[:2]
 
 
 def previous_model(context: StageContext) -> tuple[nn.Module, ModelConfig]:

@@ -194,8 +194,8 @@ def prune(
         directory: of checkpoints.
         keep_last: at least 1.
         keep: updates kept for good.
-        regular: whether an update is saved in every run: one that was saved on notice only has served its time when
-            there is a newer one, and must not stand in a regular one's place.
+        regular: whether an update is one of a series: one that was saved on notice or for good must not stand in such
+            a one's place.
     """
     updates = list_updates(directory)
     kept = {*updates[-1:], *[update for update in updates if regular(update)][-keep_last:], *keep}

@@ -6,7 +6,9 @@ A bad value raises `ValueError("key: what is wrong; valid choices")`; the recipe
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 DIRECTIONS = ("en-cs", "cs-en")
@@ -83,10 +85,24 @@ class ModelConfig:
     extra: dict[str, Any] = field(default_factory=dict)
     """Any other option of fairseq's transformer, by its own name, for instance {activation_fn: gelu}."""
 
+    @classmethod
+    def described(cls, metadata: Mapping[str, Any], file: Path) -> ModelConfig:
+        """The settings that an artefact's metadata describe; the file is named in errors.
+
+        Raises:
+            ValueError: they describe no model.
+        """
+        try:
+            return cls(**metadata["model"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{file}: its metadata describe no model ({error})") from None
+
     def __post_init__(self) -> None:
         for key in ("encoder_layers", "decoder_layers", "embed_dim", "ffn_dim", "attention_heads"):
             value = getattr(self, key)
-            require(value is None or value >= 1, key, f"must be at least 1, is {value}")
+            whole = value is None or (isinstance(value, int) and value >= 1)  # metadata of a file may hold anything
+            require(whole, key, f"must be a whole number of at least 1, is {value}")
+        require(isinstance(self.extra, dict), "extra", f"must be options by name, is {self.extra!r}")
         for key in ("dropout", "attention_dropout", "activation_dropout"):
             value = getattr(self, key)
             require(value is None or 0 <= value < 1, key, f"must be in [0, 1), is {value}")
@@ -237,6 +253,10 @@ class TrainConfig:
             f"must be at most keep_last ({self.keep_last}), is {self.average_last}",
         )
 
+    def is_regular(self, update: int) -> bool:
+        """Whether its checkpoint is one of those that `keep_last` counts and that are averaged."""
+        return (update > 0 and update % self.save_interval == 0) or update == self.max_update
+
     def saves_at(self, update: int) -> bool:
         """Whether every run saves this update; others may be saved on notice, or where patience ends."""
-        return update % self.save_interval == 0 or update in self.keep_updates or update == self.max_update
+        return self.is_regular(update) or update in self.keep_updates

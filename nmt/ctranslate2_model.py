@@ -69,10 +69,7 @@ def export_ctranslate2(
     direction = metadata.get("direction")
     if direction not in DIRECTIONS:
         raise ValueError(f"{file}: unknown direction {direction!r}; valid are {', '.join(DIRECTIONS)}")
-    try:
-        config = ModelConfig(**metadata["model"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{file}: its metadata describe no model ({error})") from None
+    config = ModelConfig.described(metadata, file)
     try:
         spec = specification(config, state, pieces)
     except ValueError as error:
@@ -108,12 +105,14 @@ def specification(config: ModelConfig, state: dict[str, Tensor], pieces: list[st
     """
     from ctranslate2.specs import common_spec, transformer_spec
 
-    heads, activation = _heads(config), config.extra.get("activation_fn", "relu")
+    heads, activation = _heads(config), str(config.extra.get("activation_fn", "relu"))
     if activation not in _ACTIVATIONS:
         valid = ", ".join(_ACTIVATIONS)
         raise ValueError(f"CTranslate2 has no activation {activation}; it has {valid} (--engine fairseq has them all)")
     if config.extra.get("no_token_positional_embeddings"):
         raise ValueError("CTranslate2 has no model without positions; --engine fairseq has")
+    if config.extra.get("cross_self_attention"):
+        raise ValueError("CTranslate2 has no attention to source and target at once; --engine fairseq has")
     layers = [
         len({n.split(".")[2] for n in state if n.startswith(f"{side}.layers.")}) for side in ("encoder", "decoder")
     ]
@@ -159,9 +158,11 @@ def _heads(config: ModelConfig) -> int:
 
         args = model_args(config)
         encoder, decoder = (args[name] for name in names)
+    if not isinstance(encoder, int) or encoder < 1:
+        raise ValueError(f"attention heads must be a whole number of at least 1, are {encoder!r}")
     if encoder != decoder:
         raise ValueError(f"CTranslate2 wants {encoder} attention heads in the decoder as in the encoder, not {decoder}")
-    return int(encoder)
+    return encoder
 
 
 class _Weights:

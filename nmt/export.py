@@ -76,7 +76,8 @@ def fairseq_checkpoint(state: dict[str, Tensor], args: dict[str, Any], source: s
 
 def _load(folder: Path) -> tuple[dict[str, Tensor], str, str, dict[str, Any]]:
     """State, source, target and options of the artefact, checked to fit each other."""
-    from .fairseq_bridge import build_model, load_dictionary, model_args  # seconds to import
+    from .artefact_model import check_model  # seconds to import
+    from .fairseq_bridge import load_dictionary, model_args
 
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such artefact folder")
@@ -88,24 +89,13 @@ def _load(folder: Path) -> tuple[dict[str, Tensor], str, str, dict[str, Any]]:
     direction = metadata.get("direction")
     if direction not in DIRECTIONS:
         raise ValueError(f"{file}: unknown direction {direction!r}; valid are {', '.join(DIRECTIONS)}")
-    try:
-        config = ModelConfig(**metadata["model"])
-        args = model_args(config)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{file}: its metadata describes no model ({error})") from None
+    config = ModelConfig.described(metadata, file)
     pieces, symbols = Subwords(folder / SUBWORDS).pieces(), load_dictionary(folder / DICTIONARY).symbols
     if pieces != symbols:
         raise ValueError(f"{folder / DICTIONARY}: its {len(symbols)} entries are not the {len(pieces)} of {SUBWORDS}")
-    expected = build_model(config, folder / DICTIONARY).state_dict()
-    for name in sorted(expected.keys() ^ state.keys()):
-        kind = "misses" if name in expected else "has an unknown"
-        raise ValueError(f"{file}: {kind} tensor {name}, so it is not the model of its metadata")
-    for name, tensor in expected.items():
-        if tensor.shape != state[name].shape:
-            shapes = f"{list(state[name].shape)}, not {list(tensor.shape)}"
-            raise ValueError(f"{file}: tensor {name} has shape {shapes} (its metadata and {DICTIONARY})")
+    check_model(config, folder, state)
     source, target = direction.split("-")
-    return state, source, target, args
+    return state, source, target, model_args(config)
 
 
 def _replace(file: Path, write: Callable[[Path], object]) -> None:

@@ -204,6 +204,7 @@ class ModelWithLoss(nn.Module):
         self.model = model
         self.label_smoothing = label_smoothing
         self.distill = distill or DistillConfig()
+        assert teacher is not None or self.distill.weight == 0, "distillation needs a teacher"
         # In a tuple, so that DDP, `train()` and checkpoints see no submodule: a teacher is no part of what is trained.
         self._teacher = () if teacher is None else (teacher.eval().requires_grad_(False),)
 

@@ -378,7 +378,7 @@ class Trainer:
                 self.checkpoints,
                 config.keep_last,
                 config.keep_updates,
-                regular=lambda number: config.saves_at(number) or (final and number == now),
+                regular=lambda number: config.is_regular(number) or (final and number == now),
             )
 
         self._begin_saves().save(contents, prune)

@@ -165,7 +165,8 @@ def final_weights(
     """The weights that a finished training comes to, and in words which; techniques go back to where these were.
 
     They are the average of the last checkpoints, or the best by validation BLEU, as `config` says. Checkpoints that
-    were made on notice do not count: a run that was stopped and went on ends as one that was not.
+    were made on notice, or kept for a rewind, do not count: a run that was stopped and went on ends as one that was
+    not, and a ticket as the dense model.
 
     Args:
         checkpoints: their folder.
@@ -180,7 +181,7 @@ def final_weights(
         weights, state, _ = checkpoint.load(checkpoints / "best")
         load_techniques(techniques, state)
         return weights, f"best validation BLEU {state['bleu']:.2f} at update {state['update']}"
-    regular = [u for u in checkpoint.list_updates(checkpoints) if config.saves_at(u) or u == last]
+    regular = [u for u in checkpoint.list_updates(checkpoints) if config.is_regular(u) or u == last]
     updates = regular[-config.average_last :]
     folders = [checkpoint.path_of(checkpoints, update) for update in updates]
     return checkpoint.average(folders), f"average of the checkpoints of updates {', '.join(map(str, updates))}"

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from tenko.compression import attach_activations, read_artefact
+from tenko.compression import attach_activations
 
+from .artefact_model import open_artefact
 from .batches import to_device
-from .config import DecodeConfig, ModelConfig
-from .fairseq_bridge import EOS, Beam, batch_by_tokens, build_model, collate
+from .config import DIRECTIONS, DecodeConfig
+from .fairseq_bridge import EOS, Beam, batch_by_tokens, collate
 from .subwords import MAX_SOURCE_TOKENS, Subwords
 
 
@@ -51,20 +52,11 @@ class Translator:
         artefact = Path(artefact)
         if threads:
             torch.set_num_threads(threads)
-        state, metadata = read_artefact(artefact)
+        model, _, metadata = open_artefact(artefact)
         subwords = Subwords(artefact / "spm.model")
-        try:
-            config = ModelConfig(**metadata["model"])
-            direction = str(metadata["direction"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{artefact}: its metadata do not describe a model ({error})") from None
-        model = build_model(config, artefact / "dict.txt")
-        try:
-            model.load_state_dict(state, strict=True)
-        except RuntimeError as error:
-            raise ValueError(
-                f"{artefact}: weights do not fit the model ({str(error).splitlines()[-1].strip()})"
-            ) from None
+        direction = metadata.get("direction")
+        if direction not in DIRECTIONS:
+            raise ValueError(f"{artefact}: unknown direction {direction!r}; valid are {', '.join(DIRECTIONS)}")
         if metadata.get("activations"):  # trained with 8-bit inputs: translate with them
             try:
                 attach_activations(model, metadata["activations"])

@@ -422,6 +422,23 @@ def test_noise_trains_under_autocast_and_loss_scaling(small_corpus: Corpus, tmp_
     assert trainer.model.encoder.layers[0].fc1.weight.dtype == torch.float32
 
 
+@pytest.mark.parametrize("granularity", ["channel", "tensor"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_is_read_under_autocast_is_what_is_baked(scheme: str, granularity: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(4)
+    model = nn.Sequential(nn.Linear(512, 512))
+    with torch.no_grad():
+        model[0].weight.add_(1.0)  # a sum over all of them does not fit fp16
+    technique = all_of(scheme=scheme, granularity=granularity)
+    technique.attach(model)
+    with torch.autocast("cpu", dtype=dtype):
+        read = model[0].weight.detach().clone()
+    technique.bake(model)
+    assert torch.equal(read, model[0].weight)
+    assert torch.isfinite(read).all()
+
+
 def test_a_resumed_run_draws_the_same_noise(small_corpus: Corpus, tmp_path: Path) -> None:
     whole = train(noisy_trainer(small_corpus, tmp_path / "whole"), 4)
     cut = noisy_trainer(small_corpus, tmp_path / "cut")

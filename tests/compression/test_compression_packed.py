@@ -303,3 +303,10 @@ def test_files_of_others_and_missing_ones_are_refused(tmp_path: Path) -> None:
 def test_settings_import_without_torch() -> None:
     code = "import sys, tenko.compression.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.complex64])
+def test_a_type_that_would_not_be_read_is_not_written(tmp_path: Path, dtype: torch.dtype) -> None:
+    with pytest.raises(ValueError, match=rf"^tensor counts is {dtype}, which has no place in an artefact; valid: "):
+        write_artefact(tmp_path, {"counts": torch.zeros(3, dtype=dtype)}, metadata={})
+    assert not list(tmp_path.iterdir())

@@ -218,6 +218,18 @@ def test_fp16_with_loss_scaling_keeps_exact_zeros(small_tsv: Path, tmp_path: Pat
     assert json.loads((folder / "result.json").read_text())["precision"] == "fp16"
 
 
+def test_a_round_learns_from_the_teacher_of_the_dense_model(whole: Path, small_tsv: Path, tmp_path: Path) -> None:
+    taught = {**TRAIN, "max_update": 8, "distill": {"weight": 0.7}, "keep_updates": [4]}
+    stages = [
+        {"pretrained": {"model": str(whole / "1-train/artefact")}},
+        {"train": taught},
+        {"lottery": {"rounds": 1, "fraction": 0.0, "rewind_to": 4}},
+    ]
+    run(write_recipe(tmp_path / "toy.yaml", small_tsv, stages, workers=1), tmp_path / "run")
+    dense, ticket = (read_artefact(tmp_path / "run" / stage / "artefact")[0] for stage in ("2-train", "3-lottery"))
+    assert equal(dense, ticket)
+
+
 def test_controls_train_what_they_say(small_tsv: Path, tmp_path: Path) -> None:
     ticket = {**TICKET, "rounds": 2}
     controls = [

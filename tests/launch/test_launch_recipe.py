@@ -212,6 +212,18 @@ def test_a_later_training_inherits_what_the_stage_train_says() -> None:
             "quantize: must follow pretrained, train, lottery or quant_noise, follows export",
         ),
         ("[train, quant_noise: {scheme: pq, p: 2}, ipq]", "quant_noise.p: must be above 0 and at most 1, is 2.0"),
+        (
+            "[train, quant_noise: {scheme: pq, p: 1}, quantize: {scheme: pq}]",
+            "quantize: can't follow quant_noise with scheme pq and p: 1, which leaves codewords already",
+        ),
+        (
+            "[train, quant_noise: {scheme: pq, p: 1, pq: {noise: zero}}]",
+            "quant_noise.p: must be below 1 with pq.noise: zero, which would leave nothing else, is 1",
+        ),
+        (
+            "[train, quantize: {scheme: pq, granularity: tensor}]",
+            "quantize.granularity: tensor is for the other schemes, scheme is pq",
+        ),
         ("[train: {lr: 0}, lottery]", "train.lr: must be above 0, is 0.0"),
         ("[train: {dropout: 1.0}]", "train.dropout: must be null or in [0, 1), is 1.0"),
         ("[train: {lr_schedule: cosine}]", "train.lr_schedule: must be one of inverse_sqrt, linear, is cosine"),

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tenko.launch.files import write_json_atomic
+from tenko.launch.lottery_report import Series, png, tickets_figure
 from tenko.launch.metrics import MetricsLog
 from tenko.launch.plots import MAX_POINTS, curve, stage_plots
 from tenko.launch.progress import Reporter, format_figures
@@ -131,3 +132,8 @@ def test_progress_lines_and_silent_ranks(capsys: pytest.CaptureFixture[str]) -> 
             reporter.log("validation")
     assert capsys.readouterr().out == ("train 5/10  loss 4.250  wire 3.1 MB (fp32 29.0 MB)  8,100 tok/s\nvalidation\n")
     assert format_figures({"lr": 5e-3, "bleu": 1.0}) == "lr 5.00e-03  BLEU 1.00"
+
+
+def test_a_plot_of_tickets_takes_any_fraction() -> None:
+    lines = [Series("tickets", {0.512: [20.0], 0.0003: [1.0], 0.0: [0.1]})]
+    assert png(lambda: tickets_figure(lines, [21.0])).startswith(b"\x89PNG")

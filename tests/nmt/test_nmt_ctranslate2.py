@@ -235,6 +235,7 @@ def test_a_map_survives_its_file_and_refuses_others(tmp_path: Path) -> None:
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "activation": ({"extra": {"activation_fn": "tanh"}}, "CTranslate2 has no activation tanh"),
     "no positions": ({"extra": {"no_token_positional_embeddings": True}}, "has no model without positions"),
+    "both at once": ({"extra": {"cross_self_attention": True}}, "has no attention to source and target at once"),
     "heads": ({"extra": {"decoder_attention_heads": 4}}, "wants 2 attention heads in the decoder"),
     "bottleneck": ({"extra": {"decoder_output_dim": 16}, "share_all_embeddings": False}, "no place for tensor|shape"),
     "mixed norms": ({"extra": {"encoder_normalize_before": True}}, "misses tensor decoder.layer_norm.weight"),

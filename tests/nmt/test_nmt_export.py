@@ -163,9 +163,9 @@ DAMAGE = {
     "cut": "damaged or not a safetensors file",
     "tensor gone": "misses tensor decoder.layers.0.fc1.bias",
     "other width": r"shape [64, 32], not [128, 32]",
-    "unknown setting": "describes no model (ModelConfig.__init__() got an unexpected keyword argument 'depth')",
+    "unknown setting": "describe no model (ModelConfig.__init__() got an unexpected keyword argument 'depth')",
     "unknown direction": "unknown direction 'en-de'; valid are en-cs, cs-en",
-    "no model": "describes no model",
+    "no model": "describe no model",
 }
 
 

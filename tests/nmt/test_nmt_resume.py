@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from toy_training import Cut, differing, snapshot, toy_model, toy_trainer, train, validations
 
-from tenko.compression import QuantNoiseConfig
+from tenko.compression import QuantNoise, QuantNoiseConfig
 from tenko.compression.config import PqNoiseConfig
 from tenko.compression.pq_noise import PqNoise
 from tenko.nmt import checkpoint, saver, trainer_state
@@ -185,10 +186,22 @@ def test_the_average_leaves_out_what_was_saved_on_notice_even_if_it_is_still_the
     assert differing(weights, mean) == []
 
 
-def test_the_best_weights_are_read_by_the_codebooks_of_their_own_update(small_corpus: Corpus, tmp_path: Path) -> None:
+def codebooks() -> PqNoise:
     blocks = {"ffn": 4, "embedding": 4, "attention": 4}
-    config = QuantNoiseConfig(scheme="pq", p=1, pq=PqNoiseConfig(blocks=blocks, centroids=8, refit_interval=1))
-    technique = PqNoise(config, seed=1)
+    return PqNoise(
+        QuantNoiseConfig(scheme="pq", p=1, pq=PqNoiseConfig(blocks=blocks, centroids=8, refit_interval=1)), seed=1
+    )
+
+
+def moments() -> QuantNoise:
+    return QuantNoise(QuantNoiseConfig(scheme="lat", p=1), seed=1)
+
+
+@pytest.mark.parametrize("make", [codebooks, moments])
+def test_the_best_weights_are_read_by_the_codebooks_or_moments_of_their_own_update(
+    small_corpus: Corpus, tmp_path: Path, make: Callable[[], PqNoise | QuantNoise]
+) -> None:
+    technique = make()
     model = toy_model(small_corpus)
     technique.attach(model)
     trainer = toy_trainer(
@@ -207,6 +220,17 @@ def test_the_best_weights_are_read_by_the_codebooks_of_their_own_update(small_co
     technique.bake(model)
     assert torch.equal(model.decoder.layers[0].fc1.weight, read[1])
     assert not torch.equal(read[1], read[2])
+
+
+def test_the_average_leaves_out_what_is_kept_for_a_rewind(small_corpus: Corpus, tmp_path: Path) -> None:
+    settings = {"save_interval": 2, "keep_last": 2, "average_last": 2, "keep_updates": (0, 3), "max_update": 4}
+    trainer = toy_trainer(small_corpus, tmp_path, **settings)
+    trainer.run(validate=validations(1.0))
+    assert checkpoint.list_updates(tmp_path) == [0, 2, 3, 4]
+    assert final_weights(tmp_path, trainer.config, 4)[1] == "average of the checkpoints of updates 2, 4"
+    short = toy_trainer(small_corpus, tmp_path / "short", **{**settings, "save_interval": 4})
+    short.run(validate=validations(1.0))
+    assert final_weights(tmp_path / "short", short.config, 4)[1] == "average of the checkpoints of updates 4"
 
 
 def test_a_checkpoint_of_another_model_is_refused(small_corpus: Corpus, tmp_path: Path) -> None:

@@ -136,9 +136,14 @@ def test_weights_of_another_model_are_refused(artefact: Path, tmp_path: Path) ->
     folder = shutil.copytree(artefact, tmp_path / "artefact")
     state, metadata = read_artefact(artefact)
     for model, message in (
-        ({**metadata["model"], "ffn_dim": 64}, "weights do not fit the model"),
-        ({**metadata["model"], "depth": 2}, "metadata do not describe a model"),
+        ({**metadata["model"], "ffn_dim": 64}, "has shape "),
+        ({**metadata["model"], "depth": 2}, "metadata describe no model"),
+        ({**metadata["model"], "extra": {"activation_fn": "foo"}}, "no model of these tensors .--activation-fn foo"),
+        ({**metadata["model"], "embed_dim": 2**44}, "no model of these tensors"),
+        ({**metadata["model"], "embed_dim": 32.0}, "embed_dim: must be a whole number"),
+        ({**metadata["model"], "encoder_layers": 10**9}, "1000000000 layers in the encoder; the file has"),
+        ({**metadata["model"], "extra": []}, "extra: must be options by name"),
     ):
         write_artefact(folder, state, metadata={"direction": "en-cs", "model": model})
-        with pytest.raises(ValueError, match=rf"\A{folder}: .*{message}.*\Z"):
+        with pytest.raises(ValueError, match=rf"\A{folder}/model.safetensors: .*{message}.*\Z"):
             Translator.load(folder)
