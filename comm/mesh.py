@@ -2,7 +2,9 @@
 
 gloo's exchanges often run half-duplex (docs/results/gloo_duplex.md), which alone doubles the time of an exchange. Here
 one thread a rank waits on all sockets and moves whatever can be moved, in and out, beside the threads that compute.
-Nothing that comes in is interpreted beyond a header of two integers.
+Nothing that comes in is interpreted beyond a header of two integers. What comes before anybody asked for it is kept: if
+it stayed in the socket, a message behind it that somebody waits for would never arrive, and the kernel would take a
+rank that is a minute late for one that is cut off.
 
 The listener is bound to one address, the one that reaches the master (`MASTER_ADDR`), so loopback for a job on one
 machine; `TENKO_ADDRESS` or GLOO_SOCKET_IFNAME's interface decide otherwise. It takes only peers that know a token,
@@ -12,7 +14,6 @@ drawn by rank 0 and handed out through the process group, and is closed as soon 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import secrets
@@ -29,9 +30,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .address import own_address
+
 _HEADER = struct.Struct("<QQ")  # tag, bytes
 _HELLO = struct.Struct("<16sI")  # token, rank
 _TURN = 1 << 20  # bytes moved for one peer before the next one has its turn
+_EARLY = 1 << 30  # bytes of one peer that are kept before they are asked for; beyond it waits as long as need be
+_CUT_OFF_SECONDS = 45.0  # that bytes may stay unacknowledged, which a peer's thread takes in whatever else it does
 _UNSENT = 256 << 10  # bytes that may wait in a socket: short queues, which matters under BBR and at 10 Gbit/s
 _CONNECT_SECONDS = 60.0
 
@@ -81,9 +86,17 @@ class _Peer:
         self.header = bytearray(_HEADER.size)
         self.target: memoryview | None = memoryview(self.header)
         self.handle: MeshHandle | None = None
-        """Of the message whose body is coming in; None while a header is."""
+        """Of the message whose body is coming in; None while a header or an early body is."""
+        self.spare: Tensor | None = None
+        """Where an early body is coming in."""
+        self.early: dict[int, Tensor] = {}
+        """Whole messages by tag that nobody has asked for yet."""
         self.events = select.EPOLLIN
         self.closed = False
+
+
+_Match = tuple[Tensor, memoryview | None, MeshHandle]
+"""A message that came early, the place where it is wanted (None: itself), and the handle that waits for it."""
 
 
 class Mesh:
@@ -126,21 +139,25 @@ class Mesh:
             if self.failure is not None:
                 raise ConnectionError(self.failure)
             for peer in {*incoming, *outgoing}:
-                if self._peers[peer].closed:
+                if self._peers[peer].closed and (peer in outgoing or tag not in self._peers[peer].early):
                     self._fail(f"{self.name(peer)} is gone: it closed the connection")
                     raise ConnectionError(self.failure)
+            came: list[tuple[_Peer, _Match | None]] = []
             handle._left = len(incoming) + len(outgoing)
             handle.pending = set(incoming)
             for peer, buffer in incoming.items():
                 other = self._peers[peer]
                 assert tag not in other.expected, (tag, peer)
                 other.expected[tag] = (None if buffer is None else _bytes(buffer), handle)
+                came.append((other, self._match(other, tag)))
             # Each rank begins with another peer: all sending to one at a time would queue up there.
             for peer in sorted(outgoing, key=lambda p: (p - self.rank) % self.world_size):
                 body = _bytes(outgoing[peer])
                 views = [memoryview(_HEADER.pack(tag, len(body))), body]
                 self._peers[peer].outgoing.append((views, handle))
         self._wake()
+        for other, match in came:
+            self._hand_over(other, match)
         return handle
 
     def close(self) -> None:
@@ -311,7 +328,14 @@ class Mesh:
                 peer.target = peer.target[count:]
                 if len(peer.target):
                     continue
-            if peer.handle is None:
+            if peer.spare is not None:
+                tag, _ = _HEADER.unpack(peer.header)
+                with self.changed:
+                    peer.early[tag], peer.spare = peer.spare, None
+                    match = self._match(peer, tag)
+                peer.target = memoryview(peer.header)
+                self._hand_over(peer, match)
+            elif peer.handle is None:
                 peer.target = None
                 with self.changed:
                     self._find_target(peer)
@@ -323,7 +347,12 @@ class Mesh:
     def _find_target(self, peer: _Peer) -> None:
         """The header is complete: where does its body go? Called with the lock held."""
         tag, size = _HEADER.unpack(peer.header)
+        if peer.handle is not None or tag in peer.early:
+            return  # a message that did not fit ended the link; or one under the same tag has its turn first
         if tag not in peer.expected:
+            if sum(body.numel() for body in peer.early.values()) + size <= _EARLY:
+                peer.spare = torch.empty(size, dtype=torch.uint8)
+                peer.target = _bytes(peer.spare)
             return
         view, handle = peer.expected.pop(tag)
         if view is None:
@@ -332,10 +361,37 @@ class Mesh:
             view = _bytes(buffer)
         elif len(view) != size:
             peer.handle = handle  # still waiting, so that it is told
-            self._fail(f"{self.name(peer.rank)} sent {size} bytes where rank {self.rank} expected {len(view)}: do all "
-                       "ranks have the same model and the same settings of comm?")  # fmt: skip
+            self._fail(self._misfit(peer, size, len(view)))
             return
         peer.target, peer.handle = view, handle
+
+    def _match(self, peer: _Peer, tag: int) -> _Match | None:
+        """An early message and who expects it, if both are there. Called with the lock held."""
+        if tag not in peer.early or tag not in peer.expected:
+            return None
+        body, (view, handle) = peer.early[tag], peer.expected[tag]
+        if view is not None and len(view) != body.numel():
+            self._fail(self._misfit(peer, body.numel(), len(view)))
+            return None
+        del peer.early[tag], peer.expected[tag]
+        if view is None:
+            handle.received[peer.rank] = body
+        return body, view, handle
+
+    def _hand_over(self, peer: _Peer, match: _Match | None) -> None:
+        """Called without the lock: a copy of megabytes must not hold up the others."""
+        if match is None:
+            return
+        body, view, handle = match
+        if view:
+            np.frombuffer(view, np.uint8)[:] = body.numpy()
+        self._progress(handle, peer.rank)
+
+    def _misfit(self, peer: _Peer, size: int, expected: int) -> str:
+        return (
+            f"{self.name(peer.rank)} sent {size} bytes where rank {self.rank} expected {expected}: do all ranks have "
+            "the same model and the same settings of comm?"
+        )
 
     def _progress(self, handle: MeshHandle, peer: int | None) -> None:
         calls: list[Callable[[], None]] = []
@@ -370,40 +426,6 @@ class Mesh:
             call()
 
 
-def own_address() -> tuple[str, socket.AddressFamily]:
-    """The address that this rank's peers reach it at: TENKO_ADDRESS, else the interface that GLOO_SOCKET_IFNAME names,
-    else the one that leads to MASTER_ADDR, else loopback.
-
-    Raises:
-        ValueError: an address or an interface that this machine does not have.
-    """
-    interface = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
-    if address := os.environ.get("TENKO_ADDRESS"):
-        name = "TENKO_ADDRESS"
-    elif interface:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            try:  # SIOCGIFADDR
-                answer = fcntl.ioctl(probe, 0x8915, struct.pack("256s", interface.encode()[:15]))
-            except OSError:
-                known = ", ".join(name for _, name in socket.if_nameindex())
-                raise ValueError(
-                    f"GLOO_SOCKET_IFNAME: must be an interface with an IPv4 address, is {interface}; there are {known}"
-                ) from None
-        return socket.inet_ntoa(answer[20:24]), socket.AF_INET
-    else:
-        name, address = "MASTER_ADDR", os.environ.get("MASTER_ADDR", "127.0.0.1")
-    try:
-        family, _, _, _, where = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect(where)  # sends nothing: asks the routing table
-            own: str = probe.getsockname()[0]
-        if name == "TENKO_ADDRESS" and own != where[0]:
-            raise OSError("not an address of this machine")
-        return own, family
-    except OSError as error:
-        raise ValueError(f"{name}: must be a host name or an address, is {address} ({error})") from None
-
-
 def _tune(sock: socket.socket) -> None:
     """No waiting for small messages; a peer cut off from the network is found within about a minute."""
     sock.settimeout(None)
@@ -415,7 +437,7 @@ def _tune(sock: socket.socket) -> None:
         ("TCP_KEEPIDLE", 15),
         ("TCP_KEEPINTVL", 5),
         ("TCP_KEEPCNT", 6),
-        ("TCP_USER_TIMEOUT", 45_000),
+        ("TCP_USER_TIMEOUT", round(_CUT_OFF_SECONDS * 1000)),
     )
     for option, value in options:
         if hasattr(socket, option):

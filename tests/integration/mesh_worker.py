@@ -123,6 +123,32 @@ def forgives_who_has_ended(mesh: Mesh) -> None:
     dist.barrier()
 
 
+def takes_what_comes_early(_: Mesh) -> None:
+    """A rank that asks late is not cut off, and what lies before a message does not keep it; one tag, two turns."""
+    mesh_module._CUT_OFF_SECONDS = 1.0
+    mesh = Mesh(None, timeout=30.0)
+    mesh_module._CUT_OFF_SECONDS = 45.0
+    size = 100 << 20  # more than the kernel keeps
+    peer = RANK ^ 1
+    sent = [mesh.start(tag, {peer: bytes_of(RANK, peer, n)}, {}) for tag, n in ((1, size), (2, 10), (3, 7), (3, 9))]
+    time.sleep(3.0)
+    for tag, n in ((2, 10), (3, 7), (3, 9), (1, size)):
+        handle = mesh.start(tag, {}, {peer: torch.empty(n, dtype=torch.uint8) if tag != 3 else None})
+        handle.wait()
+        assert torch.equal(handle.received[peer], bytes_of(peer, RANK, n)), (tag, n)
+    for handle in sent:
+        handle.wait()
+    early = mesh.start(4, {peer: torch.zeros(3, dtype=torch.uint8)}, {})
+    early.wait()
+    time.sleep(0.2)  # by now it has come
+    with pytest.raises(
+        ConnectionError, match=r"sent 3 bytes where rank \d expected 4: do all ranks have the same model"
+    ):
+        mesh.start(4, {}, {peer: torch.empty(4, dtype=torch.uint8)}).wait()
+    dist.barrier()
+    mesh.close()
+
+
 def turns_strangers_away(_: Mesh) -> None:
     """A connection without the token is closed, and the ranks still find each other."""
     call = Mesh._call
@@ -148,6 +174,7 @@ SCENARIOS = {
         names_the_late,
         refuses_other_sizes,
         forgives_who_has_ended,
+        takes_what_comes_early,
         turns_strangers_away,
     )
 }

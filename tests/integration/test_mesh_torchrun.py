@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tenko.comm.mesh import own_address
+from tenko.comm.address import own_address
 
 WORKER = Path(__file__).with_name("mesh_worker.py")
 pytestmark = pytest.mark.torchrun
@@ -30,6 +30,7 @@ def test_messages_arrive_and_errors_name_the_rank(ranks: int) -> None:
         "names_the_late",
         "refuses_other_sizes",
         "forgives_who_has_ended",
+        "takes_what_comes_early",
         "turns_strangers_away",
     ]
     done = torchrun(ranks, *scenarios)
