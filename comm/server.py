@@ -32,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .config import CommConfig, SplitRule
 from .hook import LaneRoute, _Gradient, quantizers
 from .lanes import DOWN, Lane, PlainLane, Portion, QuantizedLane, gather, scatter
-from .layout import Cut
+from .layout import Cut, as_stored
 from .link import Exchange, Link
 from .owner import ShardOwner, WeightFormat
 from .reference import key_words
@@ -300,7 +300,7 @@ class ServerOptimizer(torch.optim.Optimizer):
         self._payloads = [torch.empty(size, dtype=torch.uint8, device=device) for size in sizes]
         self._flat = torch.empty(sum(numels), dtype=torch.float32, device=device)
         for parameter, start in zip(self._tensors, self._starts, strict=True):
-            self._flat[start : start + parameter.numel()] = parameter.detach().reshape(-1)
+            self._flat[start : start + parameter.numel()] = as_stored(parameter.detach(), parameter).reshape(-1)
         self.owner = ShardOwner(
             gather(self._flat, self._shards[route.rank]),
             self._shards[route.rank].compact(),
@@ -339,7 +339,8 @@ class ServerOptimizer(torch.optim.Optimizer):
             if parameter.grad is None:
                 pieces.append(self._flat.new_zeros(numel))
             else:
-                pieces.append(parameter.grad.reshape(-1)[at : at + numel].float())
+                gradient = as_stored(parameter.grad, parameter).reshape(-1)
+                pieces.append(gradient[at : at + numel].float())
         return torch.cat(pieces)
 
     @torch.no_grad()
@@ -351,7 +352,7 @@ class ServerOptimizer(torch.optim.Optimizer):
             self.owner.encode(own)
         else:  # what the workers have is in the parameters: a checkpoint may just have been loaded into them
             for parameter, start in zip(self._tensors, self._starts, strict=True):
-                self._flat[start : start + parameter.numel()] = parameter.reshape(-1)
+                self._flat[start : start + parameter.numel()] = as_stored(parameter, parameter).reshape(-1)
             shard = self._shards[route.rank]
             missing = self.owner.weights - gather(self._flat, shard)
             keys = key_words((route.seed, route.step, DOWN), self._indices[shard.tensors])
@@ -369,7 +370,8 @@ class ServerOptimizer(torch.optim.Optimizer):
             else:
                 self._delta.decode_shard(payload, shard, self._flat, add=True)
         for parameter, start in zip(self._tensors, self._starts, strict=True):
-            parameter.copy_(self._flat[start : start + parameter.numel()].view(parameter.shape))
+            stored = as_stored(parameter, parameter)
+            stored.copy_(self._flat[start : start + parameter.numel()].view(stored.shape))
 
     def state_dict(self) -> dict[str, Any]:
         """What all ranks have in common; shards are in the route's state, which is saved per rank."""
@@ -405,9 +407,9 @@ class ServerOptimizer(torch.optim.Optimizer):
         for segment, (place, start, numel) in enumerate(self._segments().tolist()):
             kept = {"weights": parameters[place].detach(), **moments.get(place, {})}
             here, there = slice(at, at + numel), slice(start, start + numel)
-            self.owner.weights[here] = kept["weights"].reshape(-1)[there]
-            for key, own in (("exp_avg", self.owner.mean), ("exp_avg_sq", self.owner.square)):
-                own[here] = kept[key].reshape(-1)[there] if key in kept else 0
+            owned = {"weights": self.owner.weights, "exp_avg": self.owner.mean, "exp_avg_sq": self.owner.square}
+            for key, own in owned.items():
+                own[here] = as_stored(kept[key], parameters[place]).reshape(-1)[there] if key in kept else 0
             self.owner.steps[segment] = kept.get("step", 0)
             at += numel
         if self._inner is not None:

@@ -22,6 +22,7 @@ from tenko.comm import (
     make_route,
     register,
 )
+from tenko.comm.reshard import adopt
 
 
 def test_meter_counts_a_ring_and_comes_back() -> None:
@@ -100,6 +101,27 @@ def test_one_rank_alone_is_its_own_server() -> None:
     assert len(module.weight.detach().view(-1)[:256].unique()) <= 15
     with pytest.raises(ValueError, match="has one already"):
         route.optimizer(module.named_parameters(), lr=1e-2)
+
+
+@pytest.mark.usefixtures("alone")
+def test_shards_of_a_weight_stored_by_columns_are_put_together() -> None:
+    module = torch.nn.Linear(300, 20)
+    module.weight = torch.nn.Parameter(module.weight.detach().t().contiguous().t())
+    model = DistributedDataParallel(module)
+    route = register(model, ParameterServer(weight_bits=32))
+    optimizer = route.optimizer(model.named_parameters(), lr=1e-2)
+    model(torch.randn(4, 300)).square().sum().backward()
+    optimizer.step()
+    saved = [p.detach().clone() for p in module.parameters()]
+    states, parameters = [route.state_dict()], list(module.parameters())
+    with torch.no_grad():
+        module.weight.zero_()
+    adopt(None, torch.optim.AdamW(parameters), parameters, optimizer.state_dict(), states)
+    assert all(torch.equal(now, before) for now, before in zip(parameters, saved, strict=True))
+    optimizer.owner.weights.zero_()
+    adopt(route, optimizer, parameters, optimizer.state_dict(), states)
+    assert all(torch.equal(now, states[0]["server"][k]) for k, now in route.state_dict()["server"].items())
+    route.close()
 
 
 @pytest.mark.parametrize(

@@ -201,6 +201,7 @@ def server(folder: Path) -> None:
     rank = dist.get_rank()
     plain, thin = make_route(CommConfig(route="fp32"), 0), ParameterServer(bits=8, weight_bits=32, clip=0)
     models = [wrapped(plain), wrapped(thin)]
+    at_first = models[0].module.layers[4].weight.detach().clone()
     optimizers = [
         route.optimizer(m.named_parameters(), lr=1e-2, weight_decay=0.1)
         for route, m in zip((plain, thin), models, strict=True)
@@ -214,6 +215,10 @@ def server(folder: Path) -> None:
             optimizer.step()
             assert_ranks_agree(flat(model))
     assert (flat(models[0]) - flat(models[1])).norm() < 0.05 * flat(models[0]).norm()
+    expected, by_columns = (model.module.layers[4].weight for model in models)
+    assert not by_columns.is_contiguous()
+    error = (by_columns - expected).norm() / (expected - at_first).norm()
+    assert error < 0.2, "all of it is trained"
     thin.close()
     delta = ParameterServer(weights="delta", bits_down=4)
     model = wrapped(delta)
