@@ -198,6 +198,8 @@ class LaneRoute(Route):
         if tensors not in self._portions:
             known = Bucket(tensors, tuple(parameter.numel() for parameter in parameters))
             assert sum(known.numels) == buffer.numel(), (known.numels, buffer.shape)
+            lost = [self._names[tensor] for tensor in tensors if self._lane_of[tensor] not in self.lanes]
+            assert not lost, f"exchanged by no lane: {lost}"
             plan: list[tuple[Lane, Portion]] = []
             for name, lane in self.lanes.items():
                 mine = [tensor for tensor in tensors if self._lane_of[tensor] == name]

@@ -37,7 +37,7 @@ from .link import Exchange, Link
 from .owner import ShardOwner, WeightFormat
 from .reference import key_words
 from .rows import RowsLane
-from .split import assign, row_sparsity
+from .split import assign, possible, row_sparsity
 
 FLAGS, NORM, WEIGHTS = 1, 2, 3
 """Tags of the link below those of the exchanges."""
@@ -85,7 +85,8 @@ class ServerRoute(LaneRoute):
             "fp32": PlainLane(),
             "fp16": PlainLane(torch.float16),
         }
-        wanted = {rule.route for rule in rules} or {"server"}
+        # Parameters that do not train have fp32, in case DDP put them into a bucket before they were frozen.
+        wanted = {"fp32", *(rule.route for rule in rules)} if rules else {"server"}
         lanes = {name: lane for name, lane in lanes.items() if name in wanted}
         if any(rule.measured for rule in rules):
             lanes[UNDECIDED] = PlainLane()
@@ -204,13 +205,26 @@ class ServerRoute(LaneRoute):
                 raise ValueError(
                     f"comm.routes: saved for {len(state['routes'])} parameters, there are {len(self._names)}"
                 )
-            self._lane_of = list(state["routes"])
+            self._lane_of = self._restored(state["routes"])
             self._portions.clear()
         if state.get("server") is not None:
             if self._optimizer is None:
                 self._pending = state["server"]
             else:
                 self._optimizer.owner.load_state_dict(state["server"])
+
+    def _restored(self, saved: Sequence[str]) -> list[str]:
+        """Saved lanes; ValueError where the rules, of now, do not allow the one that a parameter had."""
+        lane_of = self._assign()
+        for i, (name, shape, was) in enumerate(zip(self._names, self._shapes, saved, strict=True)):
+            allowed = possible(self.rules, name, shape) if self.rules else {"server"}
+            if self._trains[i] and was not in allowed:
+                raise ValueError(
+                    f"comm.routes: {name} went by {was} when this was saved, the rules now say "
+                    f"{' or '.join(sorted(allowed))}: go on with the rules of then"
+                )
+            lane_of[i] = was if self._trains[i] else lane_of[i]
+        return lane_of
 
 
 class ParameterServer(ServerRoute):

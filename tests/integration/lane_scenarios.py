@@ -191,6 +191,13 @@ def sparsity(_: Path) -> None:
     assert_ranks_agree(flat(model, gradients=True))
     for each in (route, again):
         each.close()
+    dense = (SplitRule(route="fp32", max_dims=1), SplitRule(route="all_reduce", min_dims=2))
+    changed = ServerRoute(dense, CommConfig(route="split", split=dense))
+    wrapped(changed)
+    line = r"^comm\.routes: embedding\.weight went by rows when this was saved, the rules now say all_reduce"
+    with pytest.raises(ValueError, match=line):
+        changed.load_state_dict(route.state_dict())
+    changed.close()
     narrow = (SplitRule(route="fp32", match=("layers*",)),)
     with pytest.raises(ValueError, match="no rule takes scale"):
         wrapped(ServerRoute(narrow, CommConfig(route="split", split=narrow)))
