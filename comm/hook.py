@@ -22,6 +22,7 @@ from .lanes import Bucket, Context, Lane, PlainLane, Portion, QuantizedLane
 from .link import Exchange, GroupLink, Link
 from .quantizer import Quantizer
 from .route import Route
+from .split import plain_name
 
 TAGS = 8
 """Tags of the link that one exchange may use."""
@@ -103,7 +104,7 @@ class LaneRoute(Route):
     def bind(self, model: DistributedDataParallel) -> None:
         super().bind(model)
         named = list(model.named_parameters())
-        self._names = [name.removeprefix("module.") for name, _ in named]
+        self._names = [plain_name(name) for name, _ in named]
         self._shapes = [parameter.shape for _, parameter in named]
         self._trains = [parameter.requires_grad for _, parameter in named]
         self._lane_of = self._assign()

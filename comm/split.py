@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
@@ -66,6 +67,17 @@ def assign(
 def possible(rules: Sequence[SplitRule], name: str, shape: torch.Size) -> set[str]:
     """The routes that rules may give a parameter, whatever its sparsity is."""
     return {rule.route for rule in rules if _takes(rule, name, shape)}
+
+
+def plain_name(name: str) -> str:
+    """The name by which rules know a parameter of a DDP model: a parametrized weight goes by that of the plain weight.
+
+    Where a parametrization stores several tensors (`original0`, ...), none of them is the weight: they keep their names.
+    """
+    return _PARAMETRIZED.sub(r"\1", name.removeprefix("module."))
+
+
+_PARAMETRIZED = re.compile(r"\bparametrizations\.([^.]+)\.original$")
 
 
 def row_sparsity(gradient: torch.Tensor) -> float:

@@ -11,12 +11,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import weight_norm
 
 from tenko.comm import (
     AllReduce,
     CommConfig,
     ParameterServer,
     QuantizedAllReduce,
+    ServerRoute,
     SplitRule,
     WireMeter,
     make_route,
@@ -121,6 +124,24 @@ def test_shards_of_a_weight_stored_by_columns_are_put_together() -> None:
     optimizer.owner.weights.zero_()
     adopt(route, optimizer, parameters, optimizer.state_dict(), states)
     assert all(torch.equal(now, states[0]["server"][k]) for k, now in route.state_dict()["server"].items())
+    route.close()
+
+
+@pytest.mark.usefixtures("alone")
+def test_rules_name_a_parametrized_weight_as_a_plain_one() -> None:
+    module = torch.nn.ModuleDict({name: torch.nn.Linear(3, 2) for name in ("noisy", "normed")})
+    parametrize.register_parametrization(module["noisy"], "weight", torch.nn.Identity())
+    weight_norm(module["normed"])
+    rules = (
+        SplitRule(route="server", match=("noisy.weight",)),
+        SplitRule(route="fp32", match=("*.bias", "normed.parametrizations.weight.original?")),
+    )
+    route = ServerRoute(rules, CommConfig(route="split", split=rules))
+    register(DistributedDataParallel(module), route)
+    assert set(route.routes) == {
+        *("noisy.weight", "noisy.bias", "normed.bias"),
+        *(f"normed.parametrizations.weight.original{i}" for i in range(2)),
+    }
     route.close()
 
 
