@@ -169,6 +169,8 @@ class LaneRoute(Route):
         def finish() -> Tensor:
             if work is not buffer:
                 buffer.copy_(work)
+                if work.is_cuda:  # the stream that this runs on still reads it when the one that made it forgets it
+                    work.record_stream(torch.cuda.current_stream(work.device))
             return buffer
 
         return self._exchanger.submit(exchanges, finish)

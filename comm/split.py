@@ -72,7 +72,7 @@ def possible(rules: Sequence[SplitRule], name: str, shape: torch.Size) -> set[st
 def plain_name(name: str) -> str:
     """The name by which rules know a parameter of a DDP model: a parametrized weight goes by that of the plain weight.
 
-    Where a parametrization stores several tensors (`original0`, ...), none of them is the weight: they keep their names.
+    Where a parametrization stores several tensors (`original0`, ...), none is the weight: they keep their names.
     """
     return _PARAMETRIZED.sub(r"\1", name.removeprefix("module."))
 
