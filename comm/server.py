@@ -332,6 +332,9 @@ class ServerOptimizer(torch.optim.Optimizer):
         """One update, and everybody's weights; nothing where the gradient was not finite."""
         assert closure is None, "a gradient is exchanged once an update"
         skip = self.found_inf is not None and bool(self.found_inf)
+        if self._route.world_size == 1:  # no exchange has looked
+            sums = [p.grad.sum(dtype=torch.float32) for p in self.param_groups[0]["params"] if p.grad is not None]
+            self._route.finite = not sums or bool(torch.isfinite(torch.stack(sums)).all())
         if skip or not self._route.finite:
             return
         lr = self.param_groups[0]["lr"]

@@ -102,6 +102,11 @@ def test_one_rank_alone_is_its_own_server() -> None:
         optimizer.step()
     assert float(module(x).square().sum().detach()) < first / 4
     assert len(module.weight.detach().view(-1)[:256].unique()) <= 15
+    before = module.weight.detach().clone()
+    route._model(x.index_fill(0, torch.tensor([1]), torch.inf)).sum().backward()
+    optimizer.step()
+    assert not route.finite
+    assert torch.equal(module.weight, before), "skipped, as several ranks do"
     with pytest.raises(ValueError, match="has one already"):
         route.optimizer(module.named_parameters(), lr=1e-2)
 
