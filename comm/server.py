@@ -9,7 +9,8 @@ optimizer's memory is ZeRO-1's.
 
 The gradient is taken at the quantized weights, the full-precision ones are updated. After backward, `p.grad` holds the
 mean in the elements that this rank owns and zero elsewhere: norms must be taken with `route.total_norm`. A gradient
-that is not finite anywhere is NaN somewhere on every rank.
+that is not finite anywhere is NaN somewhere on every rank. Nothing can be added to a mean that nobody has all of: of
+several batches for one update, all but the last need DDP's `no_sync`.
 
 Instead of the weights, `weights="delta"` sends what they changed by, quantized as gradients are; the owner knows what
 the workers have, so what one message leaves out is in the next: they follow the full-precision weights closely.
@@ -21,6 +22,7 @@ Source: Hou, Zhang & Kwok, "Analysis of Quantized Models", ICLR 2019.
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -28,6 +30,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
 
 from .config import CommConfig, SplitRule
 from .hook import LaneRoute, _Gradient, quantizers
@@ -97,6 +100,29 @@ class ServerRoute(LaneRoute):
         self._sparsity: dict[int, float] = {}
         self._optimizer: ServerOptimizer | None = None
         self._pending: dict[str, Tensor] | None = None
+        self._watches: list[RemovableHandle] = []
+        self._exchanged: set[int] = set()
+        self._added_to: set[int] = set()
+
+    def bind(self, model: DistributedDataParallel) -> None:
+        super().bind(model)
+        for index, parameter in enumerate(model.parameters()):
+            if self.world_size > 1 and self._lane_of[index] == "server" and parameter.requires_grad:
+                self._watches.append(parameter.register_hook(partial(self._watch, index, parameter)))
+
+    def _watch(self, index: int, parameter: nn.Parameter, _: Tensor) -> None:
+        """Before a gradient is added to what `parameter.grad` holds: is that a mean, of which others have the rest?"""
+        if index in self._exchanged:
+            if parameter.grad is not None and parameter.grad.any():
+                self._added_to.add(index)
+            else:  # zero_grad was called
+                self._exchanged.discard(index)
+                self._added_to.discard(index)
+
+    def begin_update(self) -> None:
+        """Means that were exchanged so far have been used, or dropped."""
+        self._exchanged.clear()
+        self._added_to.clear()
 
     # Who takes what
 
@@ -116,6 +142,13 @@ class ServerRoute(LaneRoute):
         return dict(zip(self._names, self._lane_of, strict=True))
 
     def _exchange(self, buffer: Tensor, bucket: dist.GradBucket, step: int) -> torch.futures.Future[Tensor]:
+        tensors = {self._index[id(parameter)] for parameter in bucket.parameters()}
+        if wrong := tensors & self._added_to:
+            raise ValueError(
+                f"backward: {self._names[min(wrong)]}.grad holds the mean of an earlier backward, of which a rank has "
+                "its shard only; all but the last backward of an update must be under model.no_sync()"
+            )
+        self._exchanged |= tensors
         if UNDECIDED in self._lane_of:
             at = 0
             for parameter in bucket.parameters():
@@ -187,6 +220,11 @@ class ServerRoute(LaneRoute):
                     square = done.value.sum()
         return (square + sum_of_squares(shared, self.device)).sqrt().float()
 
+    def close(self) -> None:
+        super().close()
+        for watch in self._watches:
+            watch.remove()
+
     # State
 
     def state_dict(self) -> dict[str, Any]:
@@ -229,6 +267,8 @@ class ServerRoute(LaneRoute):
 
 class ParameterServer(ServerRoute):
     """Quantized gradients up, LAQ-quantized weights down, the owner of a shard steps; sharded over the workers.
+
+    Gradient accumulation needs DDP's `no_sync` (see the module).
 
     Args:
         bits: of a gradient's element on the way up, 1 to 8.
@@ -331,6 +371,7 @@ class ServerOptimizer(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One update, and everybody's weights; nothing where the gradient was not finite."""
         assert closure is None, "a gradient is exchanged once an update"
+        self._route.begin_update()
         skip = self.found_inf is not None and bool(self.found_inf)
         if self._route.world_size == 1:  # no exchange has looked
             sums = [p.grad.sum(dtype=torch.float32) for p in self.param_groups[0]["params"] if p.grad is not None]

@@ -308,6 +308,36 @@ def server_overflow(_: Path) -> None:
         route.close()
 
 
+def server_accumulates(_: Path) -> None:
+    """Nothing is added to a mean that is spread over the ranks: no_sync, or a gradient that was cleared."""
+    route = ParameterServer(bits=8, weight_bits=32, clip=0)
+    model = DistributedDataParallel(nn.Linear(64, 256, bias=False).to(DEVICE))
+    register(model, route)
+    optimizer = route.optimizer(model.named_parameters(), lr=1e-2)
+    x = torch.randn(16, 64, generator=torch.Generator().manual_seed(dist.get_rank())).to(DEVICE)
+
+    def mean(batches: int) -> Tensor:
+        with model.no_sync():
+            for _ in range(batches - 1):
+                model(x).square().mean().backward()
+        model(x).square().mean().backward()
+        whole: Tensor = model.module.weight.grad.clone()
+        dist.all_reduce(whole)
+        return whole
+
+    once = mean(1)
+    for to_none in (True, False):
+        optimizer.zero_grad(set_to_none=to_none)
+        thrice = mean(3)
+        assert (thrice - 3 * once).norm() < 0.02 * thrice.norm()
+    optimizer.step()
+    optimizer.zero_grad()
+    mean(1)
+    with pytest.raises(ValueError, match=r"^backward: weight\.grad holds .* must be under model\.no_sync\(\)$"):
+        mean(1)
+    route.close()
+
+
 class Branches(nn.Module):
     """A branch that changes from step to step, a frozen one, and a parameter without elements."""
 
@@ -518,6 +548,7 @@ SCENARIOS = {
         sparsity,
         server,
         server_overflow,
+        server_accumulates,
         portions,
         unused,
         never_used,
