@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .config import default_block
@@ -102,6 +102,7 @@ class LaneRoute(Route):
     # Putting it on a model
 
     def bind(self, model: DistributedDataParallel) -> None:
+        _refuse_foreign(model)
         super().bind(model)
         named = list(model.named_parameters())
         self._names = [plain_name(name) for name, _ in named]
@@ -240,6 +241,16 @@ class LaneRoute(Route):
         if self._own_group is not None and dist.is_initialized():
             dist.destroy_process_group(self._own_group)
         self._own_group = None
+
+
+def _refuse_foreign(model: nn.Module) -> None:
+    """Raises ValueError where a gradient will not be a dense one of real numbers."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_complex():
+            raise ValueError(f"model: {plain_name(name)} is complex; only AllReduce (route: fp32) takes that")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse and module.weight.requires_grad:
+            raise ValueError(f"model: {plain_name(name)} has sparse=True; only AllReduce (route: fp32) takes that")
 
 
 def quantizers(

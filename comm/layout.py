@@ -172,5 +172,6 @@ def as_stored(tensor: Tensor, parameter: Tensor) -> Tensor:
     Returns:
         A view of `tensor`.
     """
-    order = sorted(range(parameter.dim()), key=lambda dim: -parameter.stride(dim))
+    strides = parameter.stride()
+    order = sorted(range(len(strides)), key=lambda dim: -strides[dim])
     return tensor.permute(order) if parameter.permute(order).is_contiguous() else tensor

@@ -16,6 +16,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from tenko.comm import (
     AllReduce,
+    Auto,
     CommConfig,
     ParameterServer,
     QuantizedAllReduce,
@@ -85,6 +86,22 @@ def test_one_rank_sends_nothing_and_changes_nothing() -> None:
         assert torch.equal(parameter.grad, gradient)
     assert (route.meter.bytes_sent, route.meter.fp32_bytes, route.meter.updates) == (0, 0, 1)
     route.close()
+    with pytest.raises(ValueError, match=r"^hook: the route is closed"):
+        model(x).sum().backward()
+    with pytest.raises(ValueError, match=r"^route: is closed; make a new one"):
+        register(DistributedDataParallel(module), route)
+
+
+@pytest.mark.usefixtures("alone")
+def test_gradients_that_a_route_cannot_send_are_refused_at_once() -> None:
+    spectrum = torch.nn.ParameterDict({"spectrum": torch.zeros(3, dtype=torch.complex64)})
+    table = torch.nn.ModuleDict({"table": torch.nn.Embedding(9, 4, sparse=True)})
+    for module, line in ((spectrum, "spectrum is complex"), (table, "table has sparse=True")):
+        model = DistributedDataParallel(module)
+        for route in (QuantizedAllReduce(), ParameterServer(), Auto()):
+            with pytest.raises(ValueError, match=f"^model: {line}"):
+                register(model, route)
+        register(model, AllReduce())
 
 
 @pytest.mark.usefixtures("alone")
@@ -157,6 +174,7 @@ def test_rules_name_a_parametrized_weight_as_a_plain_one() -> None:
         ({"bits": 1, "error_feedback": False}, "bits: 1 is a sign"),
         ({"bits_down": 1}, "bits_down: 1 loses"),
         ({"weight_bits": 12}, "weight_bits: must be 2 to 8, 16 or 32, is 12"),
+        ({"weights": "deltas"}, "weights: must be laq or delta, is deltas"),
         ({"route": "split"}, "split: route split needs rules"),
         ({"split": (SplitRule(route="fp32"),)}, "split: needs route: split"),
         ({"route": "server", "levels": "node"}, "levels: node goes with route: all_reduce only"),
