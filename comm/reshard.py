@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .layout import as_stored
 from .route import Route
-from .server import ServerOptimizer
+from .server_optimizer import ServerOptimizer
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 Moments = dict[int, dict[str, Tensor]]
