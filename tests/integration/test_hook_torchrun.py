@@ -21,6 +21,7 @@ LANES = [
     "sparsity",
     "server",
     "server_overflow",
+    "server_by_columns",
     "server_accumulates",
     "portions",
     "unused",
