@@ -98,6 +98,8 @@ class CommConfig:
             raise ValueError(f"clip: must be at least 0, is {self.clip}")
         if self.block < 0 or self.block % 8:
             raise ValueError(f"block: must be a multiple of 8, or 0 for the default, is {self.block}")
+        if self.weights not in ("laq", "delta"):  # a program's; recipes are checked when they are read
+            raise ValueError(f"weights: must be laq or delta, is {self.weights}")
         if self.weight_bits not in WEIGHT_BITS:
             raise ValueError(f"weight_bits: must be 2 to 8, 16 or 32, is {self.weight_bits}")
         if 1 in (self.bits, self.bits_down) and not self.error_feedback:

@@ -66,6 +66,9 @@ class DedicatedServer(torch.optim.Optimizer):
             raise ValueError(f"lr: must be finite and at least 0, is {lr}")
         named = list(named_parameters)
         trained = [(name, parameter) for name, parameter in named if parameter.requires_grad]
+        for name, parameter in trained:
+            if parameter.is_complex():
+                raise ValueError(f"named_parameters: {name} is complex; servers take real numbers only")
         if not trained:
             raise ValueError("named_parameters: none of them needs a gradient")
         super().__init__([parameter for _, parameter in named], {"lr": lr})

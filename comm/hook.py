@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .config import default_block
@@ -22,6 +22,7 @@ from .lanes import Bucket, Context, Lane, PlainLane, Portion, QuantizedLane
 from .link import Exchange, GroupLink, Link
 from .quantizer import Quantizer
 from .route import Route
+from .split import plain_name
 
 TAGS = 8
 """Tags of the link that one exchange may use."""
@@ -101,9 +102,10 @@ class LaneRoute(Route):
     # Putting it on a model
 
     def bind(self, model: DistributedDataParallel) -> None:
+        _refuse_foreign(model)
         super().bind(model)
         named = list(model.named_parameters())
-        self._names = [name.removeprefix("module.") for name, _ in named]
+        self._names = [plain_name(name) for name, _ in named]
         self._shapes = [parameter.shape for _, parameter in named]
         self._trains = [parameter.requires_grad for _, parameter in named]
         self._lane_of = self._assign()
@@ -168,6 +170,8 @@ class LaneRoute(Route):
         def finish() -> Tensor:
             if work is not buffer:
                 buffer.copy_(work)
+                if work.is_cuda:  # the stream that this runs on still reads it when the one that made it forgets it
+                    work.record_stream(torch.cuda.current_stream(work.device))
             return buffer
 
         return self._exchanger.submit(exchanges, finish)
@@ -198,6 +202,8 @@ class LaneRoute(Route):
         if tensors not in self._portions:
             known = Bucket(tensors, tuple(parameter.numel() for parameter in parameters))
             assert sum(known.numels) == buffer.numel(), (known.numels, buffer.shape)
+            lost = [self._names[tensor] for tensor in tensors if self._lane_of[tensor] not in self.lanes]
+            assert not lost, f"exchanged by no lane: {lost}"
             plan: list[tuple[Lane, Portion]] = []
             for name, lane in self.lanes.items():
                 mine = [tensor for tensor in tensors if self._lane_of[tensor] == name]
@@ -235,6 +241,16 @@ class LaneRoute(Route):
         if self._own_group is not None and dist.is_initialized():
             dist.destroy_process_group(self._own_group)
         self._own_group = None
+
+
+def _refuse_foreign(model: nn.Module) -> None:
+    """Raises ValueError where a gradient will not be a dense one of real numbers."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_complex():
+            raise ValueError(f"model: {plain_name(name)} is complex; only AllReduce (route: fp32) takes that")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse and module.weight.requires_grad:
+            raise ValueError(f"model: {plain_name(name)} has sparse=True; only AllReduce (route: fp32) takes that")
 
 
 def quantizers(

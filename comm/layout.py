@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from torch import Tensor
 
 SCALE_BYTES = 9
 """Of a span: one exponent, and a scale for each of its 8 blocks."""
@@ -160,3 +161,17 @@ def joined(parts: Sequence[Shard]) -> Shard:
         groups,
         spans,
     )
+
+
+def as_stored(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """A tensor of a parameter's shape with its dimensions in the order in which the parameter's lie in memory.
+
+    That is how DDP lays a gradient into its bucket, side by side: the parameter's own order of elements, which for a
+    transposed weight or one in channels_last is not that of its indices. A parameter with gaps goes by its indices.
+
+    Returns:
+        A view of `tensor`.
+    """
+    strides = parameter.stride()
+    order = sorted(range(len(strides)), key=lambda dim: -strides[dim])
+    return tensor.permute(order) if parameter.permute(order).is_contiguous() else tensor

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .layout import as_stored
 from .route import Route
-from .server import ServerOptimizer
+from .server_optimizer import ServerOptimizer
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 Moments = dict[int, dict[str, Tensor]]
@@ -92,11 +93,12 @@ def _join(parameters: Sequence[nn.Parameter], shards: Sequence[Mapping[str, Tens
         at = 0
         for segment, (place, start, numel) in enumerate(shard["segments"].tolist()):
             if place not in moments:
-                like = torch.empty(parameters[place].shape, dtype=torch.float32)
+                like = torch.empty_like(parameters[place], dtype=torch.float32, device="cpu")
                 moments[place] = {key: torch.empty_like(like) for key in ("weights", *MOMENTS)}
                 found[place] = 0
             for key in ("weights", *MOMENTS):
-                moments[place][key].view(-1)[start : start + numel] = shard[key][at : at + numel]
+                whole = as_stored(moments[place][key], parameters[place]).view(-1)
+                whole[start : start + numel] = shard[key][at : at + numel]
             moments[place]["step"] = shard["steps"][segment].clone()  # the same for all segments of a parameter
             found[place] += numel
             at += numel

@@ -25,6 +25,7 @@ class Route(ABC):
         `waits.end()`, and in what the optimizer asks of other ranks."""
         self.step = 0
         """Exchanges of a whole gradient so far: part of the key of the stochastic rounding."""
+        self.closed = False
         self._model: DistributedDataParallel | None = None
         self._index: dict[int, int] = {}
         self.group: dist.ProcessGroup | None = None
@@ -43,6 +44,8 @@ class Route(ABC):
 
     def hook(self, state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         """DDP's hook: a future of the bucket's mean over the ranks. `state` is not used, the route is the state."""
+        if self.closed:
+            raise ValueError("hook: the route is closed; its model cannot be trained on")
         if self._model is None:
             raise ValueError("hook: the route is on no model yet; call tenko.comm.register(ddp_model, route)")
         step = self.step
@@ -113,6 +116,7 @@ class Route(ABC):
         """Ends what the route started. The model cannot be trained on afterwards."""
         # DDP holds the hook where Python's collector cannot see it: a circle that would keep both for ever.
         self._model = None
+        self.closed = True
 
 
 def register(model: torch.nn.Module, route: Route) -> Route:
@@ -123,12 +127,15 @@ def register(model: torch.nn.Module, route: Route) -> Route:
         route: a route that is on no model yet.
 
     Raises:
-        ValueError: the model is not a DDP model, or one of the two is taken.
+        ValueError: the model is not a DDP model, or has parameters that the route does not take; one of the two is
+            taken; the route is closed.
     """
     if not isinstance(model, DistributedDataParallel):
         raise ValueError(
             f"model: register wants a torch.nn.parallel.DistributedDataParallel, this is a {type(model).__name__}"
         )
+    if route.closed:
+        raise ValueError("route: is closed; make a new one")
     if route._model is not None:
         raise ValueError("route: is on a model already; make one route a model")
     if getattr(model, "_comm_hooks", None):

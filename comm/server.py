@@ -9,7 +9,8 @@ optimizer's memory is ZeRO-1's.
 
 The gradient is taken at the quantized weights, the full-precision ones are updated. After backward, `p.grad` holds the
 mean in the elements that this rank owns and zero elsewhere: norms must be taken with `route.total_norm`. A gradient
-that is not finite anywhere is NaN somewhere on every rank.
+that is not finite anywhere is NaN somewhere on every rank. Nothing can be added to a mean that nobody has all of: of
+several batches for one update, all but the last need DDP's `no_sync`.
 
 Instead of the weights, `weights="delta"` sends what they changed by, quantized as gradients are; the owner knows what
 the workers have, so what one message leaves out is in the next: they follow the full-precision weights closely.
@@ -21,26 +22,25 @@ Source: Hou, Zhang & Kwok, "Analysis of Quantized Models", ICLR 2019.
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
 
 from .config import CommConfig, SplitRule
 from .hook import LaneRoute, _Gradient, quantizers
-from .lanes import DOWN, Lane, PlainLane, Portion, QuantizedLane, gather, scatter
-from .layout import Cut
+from .lanes import Lane, PlainLane, Portion, QuantizedLane, scatter
 from .link import Exchange, Link
-from .owner import ShardOwner, WeightFormat
-from .reference import key_words
 from .rows import RowsLane
-from .split import assign, row_sparsity
+from .server_optimizer import ServerOptimizer
+from .split import assign, possible, row_sparsity
 
-FLAGS, NORM, WEIGHTS = 1, 2, 3
-"""Tags of the link below those of the exchanges."""
+FLAGS, NORM = 1, 2
+"""Tags of the link below those of the exchanges; the optimizer has another."""
 
 UNDECIDED = "first gradient"
 """Lane of the parameters that only the sparsity of their gradient can decide, in the first update: fp32."""
@@ -85,7 +85,8 @@ class ServerRoute(LaneRoute):
             "fp32": PlainLane(),
             "fp16": PlainLane(torch.float16),
         }
-        wanted = {rule.route for rule in rules} or {"server"}
+        # Parameters that do not train have fp32, in case DDP put them into a bucket before they were frozen.
+        wanted = {"fp32", *(rule.route for rule in rules)} if rules else {"server"}
         lanes = {name: lane for name, lane in lanes.items() if name in wanted}
         if any(rule.measured for rule in rules):
             lanes[UNDECIDED] = PlainLane()
@@ -96,6 +97,29 @@ class ServerRoute(LaneRoute):
         self._sparsity: dict[int, float] = {}
         self._optimizer: ServerOptimizer | None = None
         self._pending: dict[str, Tensor] | None = None
+        self._watches: list[RemovableHandle] = []
+        self._exchanged: set[int] = set()
+        self._added_to: set[int] = set()
+
+    def bind(self, model: DistributedDataParallel) -> None:
+        super().bind(model)
+        for index, parameter in enumerate(model.parameters()):
+            if self.world_size > 1 and self._lane_of[index] == "server" and parameter.requires_grad:
+                self._watches.append(parameter.register_hook(partial(self._watch, index, parameter)))
+
+    def _watch(self, index: int, parameter: nn.Parameter, _: Tensor) -> None:
+        """Before a gradient is added to what `parameter.grad` holds: is that a mean, of which others have the rest?"""
+        if index in self._exchanged:
+            if parameter.grad is not None and parameter.grad.any():
+                self._added_to.add(index)
+            else:  # zero_grad was called
+                self._exchanged.discard(index)
+                self._added_to.discard(index)
+
+    def begin_update(self) -> None:
+        """Means that were exchanged so far have been used, or dropped."""
+        self._exchanged.clear()
+        self._added_to.clear()
 
     # Who takes what
 
@@ -115,6 +139,13 @@ class ServerRoute(LaneRoute):
         return dict(zip(self._names, self._lane_of, strict=True))
 
     def _exchange(self, buffer: Tensor, bucket: dist.GradBucket, step: int) -> torch.futures.Future[Tensor]:
+        tensors = {self._index[id(parameter)] for parameter in bucket.parameters()}
+        if wrong := tensors & self._added_to:
+            raise ValueError(
+                f"backward: {self._names[min(wrong)]}.grad holds the mean of an earlier backward, of which a rank has "
+                "its shard only; all but the last backward of an update must be under model.no_sync()"
+            )
+        self._exchanged |= tensors
         if UNDECIDED in self._lane_of:
             at = 0
             for parameter in bucket.parameters():
@@ -186,6 +217,11 @@ class ServerRoute(LaneRoute):
                     square = done.value.sum()
         return (square + sum_of_squares(shared, self.device)).sqrt().float()
 
+    def close(self) -> None:
+        super().close()
+        for watch in self._watches:
+            watch.remove()
+
     # State
 
     def state_dict(self) -> dict[str, Any]:
@@ -204,7 +240,7 @@ class ServerRoute(LaneRoute):
                 raise ValueError(
                     f"comm.routes: saved for {len(state['routes'])} parameters, there are {len(self._names)}"
                 )
-            self._lane_of = list(state["routes"])
+            self._lane_of = self._restored(state["routes"])
             self._portions.clear()
         if state.get("server") is not None:
             if self._optimizer is None:
@@ -212,9 +248,24 @@ class ServerRoute(LaneRoute):
             else:
                 self._optimizer.owner.load_state_dict(state["server"])
 
+    def _restored(self, saved: Sequence[str]) -> list[str]:
+        """Saved lanes; ValueError where the rules, of now, do not allow the one that a parameter had."""
+        lane_of = self._assign()
+        for i, (name, shape, was) in enumerate(zip(self._names, self._shapes, saved, strict=True)):
+            allowed = possible(self.rules, name, shape) if self.rules else {"server"}
+            if self._trains[i] and was not in allowed:
+                raise ValueError(
+                    f"comm.routes: {name} went by {was} when this was saved, the rules now say "
+                    f"{' or '.join(sorted(allowed))}: go on with the rules of then"
+                )
+            lane_of[i] = was if self._trains[i] else lane_of[i]
+        return lane_of
+
 
 class ParameterServer(ServerRoute):
     """Quantized gradients up, LAQ-quantized weights down, the owner of a shard steps; sharded over the workers.
+
+    Gradient accumulation needs DDP's `no_sync` (see the module).
 
     Args:
         bits: of a gradient's element on the way up, 1 to 8.
@@ -250,175 +301,6 @@ class ParameterServer(ServerRoute):
             error_feedback=error_feedback,
         )
         super().__init__((), config, seed=seed, timeout=timeout)
-
-
-class ServerOptimizer(torch.optim.Optimizer):
-    """AdamW whose server parameters are stepped by the owners of their shards; made by `route.optimizer`.
-
-    `found_inf`, a tensor that is 1 where the update is to be skipped, may be set before `step`, as with torch's fused
-    optimizers. An update whose gradient was not finite on some rank is skipped on all.
-    """
-
-    def __init__(
-        self,
-        route: ServerRoute,
-        parameters: Sequence[nn.Parameter],
-        lr: float,
-        betas: tuple[float, float],
-        eps: float,
-        weight_decay: float,
-    ) -> None:
-        super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self._route = route
-        self.found_inf: Tensor | None = None
-        lane = {id(p): route._lane_of[i] for i, p in enumerate(_parameters_of(route))}
-        others = [p for p in parameters if lane.get(id(p)) != "server"]
-        self._inner = None
-        if others:
-            self._inner = torch.optim.AdamW(others, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
-        self._tensors = [p for p in _parameters_of(route) if lane[id(p)] == "server" and p.requires_grad]
-        shapes = [p.shape for p in self._tensors]
-        numels = [shape.numel() for shape in shapes]
-        ends = np.cumsum(numels)
-        self._starts = [int(end) - numel for end, numel in zip(ends, numels, strict=True)]
-        served = route.lanes["server"]
-        assert isinstance(served, ServerLane)
-        indices = [route._index[id(p)] for p in self._tensors]
-        self._indices = np.array(indices, dtype=np.int64)
-        cut = served.cut if route.world_size > 1 else Cut(
-            [s.numel() for s in route._shapes], served.up.span, 1
-        )  # fmt: skip
-        device = self._tensors[0].device
-        self._shards = [cut.shard(indices, self._starts, rank) for rank in range(route.world_size)]
-        matrices = [np.array([len(shapes[t]) > 1 for t in shard.tensors], dtype=bool) for shard in self._shards]
-        bits = route.config.weight_bits
-        self._forms = [WeightFormat(s, m, bits) for s, m in zip(self._shards, matrices, strict=True)]
-        self._delta = served.down if route.config.weights == "delta" else None
-        sizes = [form.size for form in self._forms]
-        if self._delta is not None:
-            sizes = [shard.size(self._delta.bits) for shard in self._shards]
-        self._payloads = [torch.empty(size, dtype=torch.uint8, device=device) for size in sizes]
-        self._flat = torch.empty(sum(numels), dtype=torch.float32, device=device)
-        for parameter, start in zip(self._tensors, self._starts, strict=True):
-            self._flat[start : start + parameter.numel()] = parameter.detach().reshape(-1)
-        self.owner = ShardOwner(
-            gather(self._flat, self._shards[route.rank]),
-            self._shards[route.rank].compact(),
-            matrices=matrices[route.rank],
-            weight_bits=bits,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-        )
-        if self._delta is None:  # else all have the same weights already
-            self._pull()
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One update, and everybody's weights; nothing where the gradient was not finite."""
-        assert closure is None, "a gradient is exchanged once an update"
-        skip = self.found_inf is not None and bool(self.found_inf)
-        if skip or not self._route.finite:
-            return
-        lr = self.param_groups[0]["lr"]
-        if self._inner is not None:
-            self._inner.param_groups[0]["lr"] = lr
-            self._inner.step()
-        shard = self._shards[self._route.rank]
-        touched = np.array([self._tensors[t].grad is not None for t in shard.tensors], dtype=bool)
-        if len(touched):
-            self.owner.step(self._gradient(), lr, touched)
-        self._pull()
-
-    def _gradient(self) -> Tensor:
-        """The mean gradient of this rank's shard [its elements], zero where there is none."""
-        pieces = []
-        shard = self._shards[self._route.rank]
-        for (start, numel, *_), tensor in zip(shard.table.tolist(), shard.tensors.tolist(), strict=True):
-            parameter, at = self._tensors[tensor], start - self._starts[tensor]
-            if parameter.grad is None:
-                pieces.append(self._flat.new_zeros(numel))
-            else:
-                pieces.append(parameter.grad.reshape(-1)[at : at + numel].float())
-        return torch.cat(pieces)
-
-    @torch.no_grad()
-    def _pull(self) -> None:
-        """The owner's weights go out, quantized; everybody's come in, this rank's own included."""
-        route = self._route
-        own = self._payloads[route.rank]
-        if self._delta is None:
-            self.owner.encode(own)
-        else:  # what the workers have is in the parameters: a checkpoint may just have been loaded into them
-            for parameter, start in zip(self._tensors, self._starts, strict=True):
-                self._flat[start : start + parameter.numel()] = parameter.reshape(-1)
-            shard = self._shards[route.rank]
-            missing = self.owner.weights - gather(self._flat, shard)
-            keys = key_words((route.seed, route.step, DOWN), self._indices[shard.tensors])
-            self._delta.encode_shard(missing, shard.compact(), keys, own)
-        if route._link is not None:
-            others = [rank for rank in range(route.world_size) if rank != route.rank]
-            outgoing = {rank: own for rank in others if own.numel()}
-            incoming: dict[int, Tensor | None] = {r: self._payloads[r] for r in others if self._payloads[r].numel()}
-            route.meter.add(down=own.numel() * len(outgoing))
-            with route.waits.around(route.device):
-                route._link.start(WEIGHTS, outgoing, incoming).wait()
-        for form, shard, payload in zip(self._forms, self._shards, self._payloads, strict=True):
-            if self._delta is None:
-                form.decode(payload, self._flat)
-            else:
-                self._delta.decode_shard(payload, shard, self._flat, add=True)
-        for parameter, start in zip(self._tensors, self._starts, strict=True):
-            parameter.copy_(self._flat[start : start + parameter.numel()].view(parameter.shape))
-
-    def state_dict(self) -> dict[str, Any]:
-        """What all ranks have in common; shards are in the route's state, which is saved per rank."""
-        groups = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
-        return {"param_groups": groups, "others": None if self._inner is None else self._inner.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where `state_dict` was taken."""
-        for group, saved in zip(self.param_groups, state["param_groups"], strict=True):
-            group.update(saved)
-        if self._inner is not None:
-            self._inner.load_state_dict(state["others"])
-
-    def shard_state(self) -> dict[str, Tensor]:
-        """The owner's state, and of each of its segments: the parameter's place in the model, start in it, elements."""
-        return {**self.owner.state_dict(), "segments": torch.from_numpy(self._segments())}
-
-    def _segments(self) -> np.ndarray:
-        shard = self._shards[self._route.rank]
-        starts = shard.table[:, 0] - np.array(self._starts, dtype=np.int64)[shard.tensors]
-        return np.stack([self._indices[shard.tensors], starts, shard.table[:, 1]], axis=1)
-
-    def take(self, parameters: Sequence[nn.Parameter], moments: dict[int, dict[str, Tensor]]) -> None:
-        """Goes on with the state of a whole model, of which this rank takes its shard (see reshard.py).
-
-        Args:
-            parameters: all of the model's, in order.
-            moments: by place in the model; `weights` of those that have none here are the parameter's.
-        """
-        from .reshard import load_adamw
-
-        at = 0
-        for segment, (place, start, numel) in enumerate(self._segments().tolist()):
-            kept = {"weights": parameters[place].detach(), **moments.get(place, {})}
-            here, there = slice(at, at + numel), slice(start, start + numel)
-            self.owner.weights[here] = kept["weights"].reshape(-1)[there]
-            for key, own in (("exp_avg", self.owner.mean), ("exp_avg_sq", self.owner.square)):
-                own[here] = kept[key].reshape(-1)[there] if key in kept else 0
-            self.owner.steps[segment] = kept.get("step", 0)
-            at += numel
-        if self._inner is not None:
-            place_of = {id(parameter): place for place, parameter in enumerate(parameters)}
-            others = [place_of[id(p)] for group in self._inner.param_groups for p in group["params"]]
-            load_adamw(self._inner, others, moments)
-
-
-def _parameters_of(route: ServerRoute) -> list[nn.Parameter]:
-    assert isinstance(route._model, DistributedDataParallel)
-    return list(route._model.parameters())
 
 
 def sum_of_squares(gradients: Sequence[Tensor], device: torch.device) -> Tensor:

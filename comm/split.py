@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
@@ -35,6 +36,12 @@ def assign(
             certain = [i for i in likely if not rules[i].measured]
             if len(certain) > 1:
                 raise ValueError(_two(name, certain, rules))
+            if certain and rules[certain[0]].route == "server":
+                which = " and ".join(f"split[{i}] ({rules[i].route})" for i in likely)
+                raise ValueError(
+                    f"split: the first gradient of {name} is to decide between {which}, but what the server takes "
+                    "must be known before it: narrow one of them with exclude"
+                )
             routes[name] = ""
             continue
         taken = [i for i in likely if sparsity is None or _holds(rules[i], sparsity.get(name, 0.0))]
@@ -55,6 +62,22 @@ def assign(
             near = ", ".join(list(shapes)[:3])
             raise ValueError(f"split[{i}]: takes no parameter ({', '.join(rule.match)}); names are like {near}")
     return routes
+
+
+def possible(rules: Sequence[SplitRule], name: str, shape: torch.Size) -> set[str]:
+    """The routes that rules may give a parameter, whatever its sparsity is."""
+    return {rule.route for rule in rules if _takes(rule, name, shape)}
+
+
+def plain_name(name: str) -> str:
+    """The name by which rules know a parameter of a DDP model: a parametrized weight goes by that of the plain weight.
+
+    Where a parametrization stores several tensors (`original0`, ...), none is the weight: they keep their names.
+    """
+    return _PARAMETRIZED.sub(r"\1", name.removeprefix("module."))
+
+
+_PARAMETRIZED = re.compile(r"\bparametrizations\.([^.]+)\.original$")
 
 
 def row_sparsity(gradient: torch.Tensor) -> float:

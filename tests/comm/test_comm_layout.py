@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tenko.comm import Quantizer
 from tenko.comm.lanes import gather, scatter
-from tenko.comm.layout import Cut, joined
+from tenko.comm.layout import Cut, as_stored, joined
 from tenko.comm.reference import key_words
 
 NUMELS = st.lists(st.one_of(st.integers(0, 60), st.integers(1, 5000)), min_size=1, max_size=8)
@@ -138,3 +138,27 @@ def test_joined_shards_are_one_run_of_bytes() -> None:
 def test_key_words_differ_by_every_part() -> None:
     keys = {tuple(row) for prefix in ((1, 2), (2, 1), (1, 2, 0), (-1, 2)) for row in key_words(prefix, range(1000))}
     assert len(keys) == 4000
+
+
+@pytest.mark.parametrize(
+    "parameter",
+    [
+        torch.zeros(()),
+        torch.zeros(0, 7),
+        torch.zeros(3, 4),
+        torch.zeros(3, 4).t(),
+        torch.zeros(6, 1).t(),
+        torch.zeros(5, 6, 7).permute(2, 0, 1),
+        torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last),
+    ],
+    ids=lambda parameter: str(parameter.stride()),
+)
+def test_a_gradient_lies_in_the_bucket_as_its_parameter_lies_in_memory(parameter: torch.Tensor) -> None:
+    bucket = torch.arange(parameter.numel())
+    gradient = bucket.as_strided(parameter.shape, parameter.stride())  # DDP's view of it
+    assert torch.equal(as_stored(gradient, parameter).reshape(-1), bucket)
+
+
+def test_a_parameter_with_gaps_goes_by_its_indices() -> None:
+    with_gaps = torch.zeros(6, 8)[:, :5]
+    assert as_stored(with_gaps, with_gaps) is with_gaps

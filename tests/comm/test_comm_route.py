@@ -11,17 +11,22 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import weight_norm
 
 from tenko.comm import (
     AllReduce,
+    Auto,
     CommConfig,
     ParameterServer,
     QuantizedAllReduce,
+    ServerRoute,
     SplitRule,
     WireMeter,
     make_route,
     register,
 )
+from tenko.comm.reshard import adopt
 
 
 def test_meter_counts_a_ring_and_comes_back() -> None:
@@ -81,6 +86,22 @@ def test_one_rank_sends_nothing_and_changes_nothing() -> None:
         assert torch.equal(parameter.grad, gradient)
     assert (route.meter.bytes_sent, route.meter.fp32_bytes, route.meter.updates) == (0, 0, 1)
     route.close()
+    with pytest.raises(ValueError, match=r"^hook: the route is closed"):
+        model(x).sum().backward()
+    with pytest.raises(ValueError, match=r"^route: is closed; make a new one"):
+        register(DistributedDataParallel(module), route)
+
+
+@pytest.mark.usefixtures("alone")
+def test_gradients_that_a_route_cannot_send_are_refused_at_once() -> None:
+    spectrum = torch.nn.ParameterDict({"spectrum": torch.zeros(3, dtype=torch.complex64)})
+    table = torch.nn.ModuleDict({"table": torch.nn.Embedding(9, 4, sparse=True)})
+    for module, line in ((spectrum, "spectrum is complex"), (table, "table has sparse=True")):
+        model = DistributedDataParallel(module)
+        for route in (QuantizedAllReduce(), ParameterServer(), Auto()):
+            with pytest.raises(ValueError, match=f"^model: {line}"):
+                register(model, route)
+        register(model, AllReduce())
 
 
 @pytest.mark.usefixtures("alone")
@@ -98,8 +119,52 @@ def test_one_rank_alone_is_its_own_server() -> None:
         optimizer.step()
     assert float(module(x).square().sum().detach()) < first / 4
     assert len(module.weight.detach().view(-1)[:256].unique()) <= 15
+    before = module.weight.detach().clone()
+    route._model(x.index_fill(0, torch.tensor([1]), torch.inf)).sum().backward()
+    optimizer.step()
+    assert not route.finite
+    assert torch.equal(module.weight, before), "skipped, as several ranks do"
     with pytest.raises(ValueError, match="has one already"):
         route.optimizer(module.named_parameters(), lr=1e-2)
+
+
+@pytest.mark.usefixtures("alone")
+def test_shards_of_a_weight_stored_by_columns_are_put_together() -> None:
+    module = torch.nn.Linear(300, 20)
+    module.weight = torch.nn.Parameter(module.weight.detach().t().contiguous().t())
+    model = DistributedDataParallel(module)
+    route = register(model, ParameterServer(weight_bits=32))
+    optimizer = route.optimizer(model.named_parameters(), lr=1e-2)
+    model(torch.randn(4, 300)).square().sum().backward()
+    optimizer.step()
+    saved = [p.detach().clone() for p in module.parameters()]
+    states, parameters = [route.state_dict()], list(module.parameters())
+    with torch.no_grad():
+        module.weight.zero_()
+    adopt(None, torch.optim.AdamW(parameters), parameters, optimizer.state_dict(), states)
+    assert all(torch.equal(now, before) for now, before in zip(parameters, saved, strict=True))
+    optimizer.owner.weights.zero_()
+    adopt(route, optimizer, parameters, optimizer.state_dict(), states)
+    assert all(torch.equal(now, states[0]["server"][k]) for k, now in route.state_dict()["server"].items())
+    route.close()
+
+
+@pytest.mark.usefixtures("alone")
+def test_rules_name_a_parametrized_weight_as_a_plain_one() -> None:
+    module = torch.nn.ModuleDict({name: torch.nn.Linear(3, 2) for name in ("noisy", "normed")})
+    parametrize.register_parametrization(module["noisy"], "weight", torch.nn.Identity())
+    weight_norm(module["normed"])
+    rules = (
+        SplitRule(route="server", match=("noisy.weight",)),
+        SplitRule(route="fp32", match=("*.bias", "normed.parametrizations.weight.original?")),
+    )
+    route = ServerRoute(rules, CommConfig(route="split", split=rules))
+    register(DistributedDataParallel(module), route)
+    assert set(route.routes) == {
+        *("noisy.weight", "noisy.bias", "normed.bias"),
+        *(f"normed.parametrizations.weight.original{i}" for i in range(2)),
+    }
+    route.close()
 
 
 @pytest.mark.parametrize(
@@ -109,6 +174,7 @@ def test_one_rank_alone_is_its_own_server() -> None:
         ({"bits": 1, "error_feedback": False}, "bits: 1 is a sign"),
         ({"bits_down": 1}, "bits_down: 1 loses"),
         ({"weight_bits": 12}, "weight_bits: must be 2 to 8, 16 or 32, is 12"),
+        ({"weights": "deltas"}, "weights: must be laq or delta, is deltas"),
         ({"route": "split"}, "split: route split needs rules"),
         ({"split": (SplitRule(route="fp32"),)}, "split: needs route: split"),
         ({"route": "server", "levels": "node"}, "levels: node goes with route: all_reduce only"),

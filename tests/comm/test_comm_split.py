@@ -64,6 +64,15 @@ def test_sparsity_decides_once_it_is_known() -> None:
         assign([rules[0], rules[2]], SHAPES, {"embed.weight": 0.5, "fc.weight": 0.1})
 
 
+def test_sparsity_cannot_decide_on_what_the_server_may_have() -> None:
+    rules = [SplitRule(route="rows", match=("embed*",), min_sparsity=0.5), SplitRule(route="server")]
+    line = (
+        r"split: the first gradient of embed\.weight is to decide between split\[0\] \(rows\) and split\[1\] \(server\)"
+    )
+    with pytest.raises(ValueError, match=f"^{line}"):
+        assign(rules, SHAPES)
+
+
 def test_row_sparsity_counts_rows() -> None:
     gradient = torch.zeros(8, 3)
     gradient[2, 1] = gradient[5, 0] = 1

@@ -191,6 +191,13 @@ def sparsity(_: Path) -> None:
     assert_ranks_agree(flat(model, gradients=True))
     for each in (route, again):
         each.close()
+    dense = (SplitRule(route="fp32", max_dims=1), SplitRule(route="all_reduce", min_dims=2))
+    changed = ServerRoute(dense, CommConfig(route="split", split=dense))
+    wrapped(changed)
+    line = r"^comm\.routes: embedding\.weight went by rows when this was saved, the rules now say all_reduce"
+    with pytest.raises(ValueError, match=line):
+        changed.load_state_dict(route.state_dict())
+    changed.close()
     narrow = (SplitRule(route="fp32", match=("layers*",)),)
     with pytest.raises(ValueError, match="no rule takes scale"):
         wrapped(ServerRoute(narrow, CommConfig(route="split", split=narrow)))
@@ -294,6 +301,53 @@ def server_overflow(_: Path) -> None:
             assert torch.equal(flat(model), before) is poison["on"]
             assert scaler.get_scale() == (scale / 2 if poison["on"] else scale)
         route.close()
+
+
+def server_by_columns(_: Path) -> None:
+    """Owners and gradients mean the same elements where a weight is not stored by rows: all of it is trained."""
+    module = nn.Linear(64, 256, bias=False)
+    module.weight = nn.Parameter(module.weight.detach().t().contiguous().t())
+    route = ParameterServer(bits=8, weight_bits=32, clip=0)
+    model = DistributedDataParallel(module.to(DEVICE))
+    register(model, route)
+    optimizer = route.optimizer(model.named_parameters(), lr=1e-2, weight_decay=0.0)
+    before = module.weight.detach().clone()
+    x = torch.randn(16, 64, generator=torch.Generator().manual_seed(dist.get_rank())).to(DEVICE)
+    model(x).square().mean().backward()
+    optimizer.step()
+    assert_ranks_agree(module.weight.detach().contiguous())
+    assert (module.weight != before).float().mean() > 0.95, "but for gradients that round to zero"
+    route.close()
+
+
+def server_accumulates(_: Path) -> None:
+    """Nothing is added to a mean that is spread over the ranks: no_sync, or a gradient that was cleared."""
+    route = ParameterServer(bits=8, weight_bits=32, clip=0)
+    model = DistributedDataParallel(nn.Linear(64, 256, bias=False).to(DEVICE))
+    register(model, route)
+    optimizer = route.optimizer(model.named_parameters(), lr=1e-2)
+    x = torch.randn(16, 64, generator=torch.Generator().manual_seed(dist.get_rank())).to(DEVICE)
+
+    def mean(batches: int) -> Tensor:
+        with model.no_sync():
+            for _ in range(batches - 1):
+                model(x).square().mean().backward()
+        model(x).square().mean().backward()
+        whole: Tensor = model.module.weight.grad.clone()
+        dist.all_reduce(whole)
+        return whole
+
+    once = mean(1)
+    for to_none in (True, False):
+        optimizer.zero_grad(set_to_none=to_none)
+        thrice = mean(3)
+        assert (thrice - 3 * once).norm() < 0.02 * thrice.norm()
+    optimizer.step()
+    optimizer.zero_grad()
+    mean(1)
+    with pytest.raises(ValueError, match=r"^backward: weight\.grad holds .* must be under model\.no_sync\(\)$"):
+        mean(1)
+    route.close()
 
 
 class Branches(nn.Module):
@@ -506,6 +560,8 @@ SCENARIOS = {
         sparsity,
         server,
         server_overflow,
+        server_by_columns,
+        server_accumulates,
         portions,
         unused,
         never_used,

@@ -21,6 +21,8 @@ LANES = [
     "sparsity",
     "server",
     "server_overflow",
+    "server_by_columns",
+    "server_accumulates",
     "portions",
     "unused",
     "never_used",
