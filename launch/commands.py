@@ -388,9 +388,10 @@ def export(
             raise ValueError("--vocabulary-map: needs --run, whose corpus it is estimated from")
         from tenko.nmt.vocabulary_map import vocabulary_map as estimate
 
-        from .stage_tools import corpus_of
+        from .stage_tools import corpus_of, hold_subwords
 
         corpus = corpus_of(chosen.recipe, lambda line: print(line, file=sys.stderr))
+        hold_subwords(corpus, chosen.folder)
         mapped = estimate(corpus.split("train"), chosen.recipe.direction, corpus.vocab_size)
     print(export_ctranslate2(chosen.folder, out, quantization=quantization or "int8", vocabulary_map=mapped))
 
