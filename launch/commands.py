@@ -217,7 +217,9 @@ def _run_here(state: RunDirectory, first: int) -> None:
 def going_on(directory: Path) -> str:
     """How to go on with a run that ended early."""
     update = last_update(directory)
-    return "nothing of this stage was saved yet" if update is None else f"the same command goes on from update {update}"
+    return (
+        "nothing of this training was saved yet" if update is None else f"the same command goes on from update {update}"
+    )
 
 
 def _print_outcome(state: RunDirectory) -> None:
