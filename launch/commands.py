@@ -390,6 +390,8 @@ def export(
         raise ValueError(f"{chosen.folder}: is exported already; give an artefact")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out: {out} exists and is not an empty folder; choose another")
+    if format == "ctranslate2" and out.resolve() == Path.cwd():  # it takes the place of a folder
+        raise ValueError(f"--out: {out} is the folder that you are in; give another")
     logging.disable(logging.INFO)
     if format == "fairseq":
         for name, given in (("--quantization", quantization), ("--vocabulary-map", vocabulary_map)):

@@ -24,7 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from .files import read_json, write_text_atomic
+from .files import read_json, read_text, write_text_atomic
 from .recipe import Recipe, StageSpec, config_to_dict, dump, dump_plain, loads, to_dict
 from .settings import join
 
@@ -101,7 +101,7 @@ class RunDirectory:
         if not config.is_file():
             what = f"has no {CONFIG}" if path.is_dir() else "does not exist"
             raise ValueError(f"{path}: {what}; give the run directory of a `tenko run`, for instance runs/demo")
-        return cls(path, loads(config.read_text(encoding="utf-8"), str(config)))
+        return cls(path, loads(read_text(config), str(config)))
 
     @classmethod
     def create(cls, path: Path, recipe: Recipe) -> RunDirectory:
@@ -117,7 +117,7 @@ class RunDirectory:
         config = path / CONFIG
         if config.exists():
             try:
-                old = loads(config.read_text(encoding="utf-8"), str(config))
+                old = loads(read_text(config), str(config))
             except ValueError as error:
                 raise ValueError(f"{error}; {_other(path)}") from None
             difference = first_difference(to_dict(old), to_dict(recipe))

@@ -79,6 +79,12 @@ def test_closed_streams_are_as_devnull() -> None:
         (["translate", "--run", "nix", "--engine", "marian"], "Invalid value for '--engine'"),
         (["translate", "--run", "nix", "--beam", "0"], "Invalid value for '--beam'"),
         (["evaluate", "--run", "nix", "--test", "no.tsv"], "--test: no such file: no.tsv"),
+        (["watch", "nix", "--interval", "inf"], "--interval: must be at most 86400 s, is inf"),
+        (
+            ["run", "tiny", "--nodes", "2", "--join-timeout", "inf"],
+            "--join-timeout: must be at most 604800 s, is inf",
+        ),
+        (["export", "en-cs", "--format", "ctranslate2", "--out", "."], "--out: . is the folder that you are in"),
         (["export", "--run", "nix", "--format", "onnx", "--out", "x"], "Invalid value for '--format'"),
     ],
 )
