@@ -102,9 +102,10 @@ def prepare(config: DataConfig, *, report: Report) -> Corpus:
             if not path.is_file():
                 raise ValueError(f"data.{split}: {path} is a pipe, which is read once; give a file")
     if config.subwords is not None:
-        config = dataclasses.replace(config, subwords=str(Path(config.subwords).expanduser()))
+        given = Path(config.subwords).expanduser()
+        config = dataclasses.replace(config, subwords=str(given))
         try:
-            Subwords(config.subwords)
+            Subwords(given)
         except ValueError as error:
             raise ValueError(f"data.subwords: {error}") from None
     identity = _identity(config, files)
