@@ -217,9 +217,9 @@ def _run_here(state: RunDirectory, first: int) -> None:
 def going_on(directory: Path) -> str:
     """How to go on with a run that ended early."""
     update = last_update(directory)
-    return (
-        "nothing of this training was saved yet" if update is None else f"the same command goes on from update {update}"
-    )
+    if update is None:
+        return "nothing of this stage or round was saved yet"
+    return f"the same command goes on from update {update}"
 
 
 def _print_outcome(state: RunDirectory) -> None:

@@ -85,34 +85,28 @@ def open_corpus(context: StageContext) -> Corpus:
     path = None
     if distributed.rank() == 0:
         corpus = corpus_of(context.recipe, report=context.reporter.log)
-        if context.previous is not None:
-            hold_subwords(corpus, context.previous / ARTEFACT)
-        hold_corpus(context.run_dir, context.recipe.data, corpus)
+        _hold_corpus(context, corpus)
         path = str(corpus.path)
     return Corpus.open(Path(distributed.from_rank0(path)))
 
 
-def hold_corpus(run_dir: Path, data: DataConfig, corpus: Corpus) -> None:
-    """Note the corpus that a run begins with; hold a later one to it. By content: files and caches may move.
+def _hold_corpus(context: StageContext, corpus: Corpus) -> None:
+    """Note the corpus that a run begins with, and hold a later one to it: by content, files and caches may move.
 
-    Args:
-        run_dir: the run directory; one of before this was noted takes the corpus as it is.
-        data: the recipe's settings, for the message.
-        corpus: opened now.
-
-    Raises:
-        ValueError: it is another; names what has changed.
+    A run directory of before this was noted takes a corpus of the same subwords.
     """
-    file, now = run_dir / CORPUS, {key: corpus.manifest[key] for key in _IDENTITY}
+    run_dir, now = context.run_dir, {key: corpus.manifest[key] for key in _IDENTITY}
+    file = run_dir / CORPUS
     before = read_json(file) if file.exists() else None
-    if before == now:
-        return
-    if before is not None and not is_blank(run_dir):
+    if before not in (None, now) and not is_blank(run_dir):
+        change = _change(context.recipe.data, before, now)
         raise ValueError(
-            f"{run_dir}: began with another corpus: {_change(data, before, now)}; put back what it was, or choose "
-            "another --run-dir"
+            f"{run_dir}: began with another corpus: {change}; put back what it was, or choose another --run-dir"
         )
-    write_json_atomic(file, now)
+    if context.previous is not None:
+        hold_subwords(corpus, context.previous / ARTEFACT)
+    if before != now:
+        write_json_atomic(file, now)
 
 
 _IDENTITY = ("hash", "format", "inputs", "settings", "subwords", "versions")

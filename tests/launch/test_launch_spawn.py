@@ -246,7 +246,7 @@ def test_a_run_goes_on_from_the_newest_save_of_the_training_that_it_is_in(tmp_pa
     (tmp_path / "1-train" / "result.json").touch()
     assert last_update(tmp_path) == 500
     (tmp_path / "2-lottery" / "round-01").mkdir(parents=True)
-    assert last_update(tmp_path) is None, "nothing of this training was saved yet"
+    assert last_update(tmp_path) is None, "nothing of this stage or round was saved yet"
     save("2-lottery/round-01", 80)
     save("2-lottery/round-02", 20)
     assert last_update(tmp_path) == 20

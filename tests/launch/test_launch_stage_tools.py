@@ -39,11 +39,13 @@ def test_a_corpus_that_changed_is_refused_once_something_was_trained(
         ValueError, match=re.escape(f"began with another corpus: data.train ({data}) has other content")
     ):
         open_corpus(first)
+    second = context(tmp_path / "run", data, cache, 1)
+    with pytest.raises(ValueError, match=re.escape(f"began with another corpus: data.train ({data})")):
+        open_corpus(second)
     # A run directory of before says nothing of its corpus; the model of the stage before does.
     (tmp_path / "run" / "corpus.json").unlink()
     first.artefact.mkdir()
     shutil.copyfile(small_corpus.spm_path, first.artefact / "spm.model")
-    second = context(tmp_path / "run", data, cache, 1)
     with pytest.raises(ValueError, match=r"1-train/artefact/spm\.model: not the subwords of the corpus"):
         open_corpus(second)
     # The same content, elsewhere.
