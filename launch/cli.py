@@ -15,6 +15,7 @@ import typer
 from .bundled import bundled
 from .errors import BAD_INPUT, INTERNAL, INTERRUPTED, Halted, RunFailed, Terminated, internal, is_users, one_line
 from .slurm_cli import app as launch_app
+from .streams import forget_stdout, open_closed
 
 app = typer.Typer(
     name="tenko",
@@ -190,7 +191,8 @@ def translate(
 ) -> None:
     """Translate stdin to stdout, one sentence a line.
 
-    The direction is the model's. Lines come out in order, an empty line for an empty line.
+    The direction is the model's. Lines come out in order, an empty line for an empty line. Of a line of more than 1,000
+    subwords the rest is left out, and a warning says so.
 
     \b
     echo "The file could not be opened." | tenko translate en-cs
@@ -223,6 +225,9 @@ def evaluate(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
     """BLEU and chrF of a model on a test set, with sacreBLEU's signatures.
+
+    Text is normalised as a run normalises its own test split; pairs with an empty side are left out. Of a source of
+    more than 1,000 subwords the rest is left out, and a warning says so.
 
     \b
     tenko evaluate --run runs/demo --test my-test.tsv
@@ -384,11 +389,15 @@ def scaling(
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point. Errors are one line on stderr; exit codes are those of `errors.py`."""
+    open_closed()
     try:
         code = _run_app(argv)
         sys.stdout.flush()
-    except BrokenPipeError:
-        _forget_stdout()
+    except (BrokenPipeError, SystemExit) as error:
+        # click and rich make a SystemExit of it.
+        if not isinstance(error, BrokenPipeError) and not isinstance(error.__context__, BrokenPipeError):
+            raise
+        forget_stdout()
         code = 128 + 13  # as if SIGPIPE had ended it, which is what a reader that goes away means
     except KeyboardInterrupt:
         code = _interrupted()
@@ -435,11 +444,6 @@ def _interrupted() -> int:
 def _say(line: str) -> None:
     with suppress(OSError):  # stderr is gone: the exit code still tells
         print(f"tenko: {line}", file=sys.stderr, flush=True)
-
-
-def _forget_stdout() -> None:
-    """Keep the interpreter from failing once more on the closed pipe when it flushes at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from .spawn import (
     run_workers,
     show_stacks_on_request,
 )
+from .streams import say
 from .summary import samples_lines, stage_table
 from .world import World
 
@@ -84,9 +85,9 @@ def run(
             state = RunDirectory.create(directory, recipe)
             first = state.first_unfinished()
             if first == len(recipe.stages):
-                print(f"{directory}: finished before; nothing to do")
+                say(f"{directory}: finished before; nothing to do")
             elif recipe.workers > 1 or restarts:
-                print(f"{directory}: {_workers(recipe)}, logs in {directory / LOGS}", flush=True)
+                say(f"{directory}: {_workers(recipe)}, logs in {directory / LOGS}")
                 _run_spawned(state, restarts)
             else:
                 _run_here(state, first)
@@ -115,7 +116,7 @@ def _run_workers(state: RunDirectory, meeting: Meeting, restarts: int) -> None:
             args=["--run-dir", str(directory)],
             max_restarts=restarts,
             hang_timeout=state.recipe.hang_timeout,
-            say=lambda line: print(f"tenko: {line}", flush=True),
+            say=lambda line: say(f"tenko: {line}"),
         )
     except (Halted, NotBegun):
         raise
@@ -126,7 +127,7 @@ def _run_workers(state: RunDirectory, meeting: Meeting, restarts: int) -> None:
 def _run_on_nodes(recipe: Recipe, directory: Path, nodes: Nodes, restarts: int) -> None:
     """This node's part of a run; the node where they meet holds the run directory's lock, and makes it."""
     if _is_finished(recipe, directory):
-        print(f"{directory}: finished before; nothing to do")
+        say(f"{directory}: finished before; nothing to do")
         return
     prepare_environment(nodes, workers=recipe.workers, threads=recipe.threads)
     from .rendezvous import Meeting
@@ -139,17 +140,17 @@ def _run_on_nodes(recipe: Recipe, directory: Path, nodes: Nodes, restarts: int) 
                 meeting.tell("run", [lock.holder, to_dict(recipe)])
                 count = nodes.least if nodes.least == nodes.most else f"{nodes.least} to {nodes.most}"
                 place = f"{count} nodes meet at {nodes.host}:{nodes.port}"
-                print(f"{directory}: {place}, {_workers(recipe)} each, logs in {directory / LOGS}", flush=True)
+                say(f"{directory}: {place}, {_workers(recipe)} each, logs in {directory / LOGS}")
             else:
                 state = _joined(recipe, directory, meeting)
-                print(f"{directory}: joins {nodes.host}:{nodes.port}, {_workers(recipe)}", flush=True)
+                say(f"{directory}: joins {nodes.host}:{nodes.port}, {_workers(recipe)}")
         except (ValueError, OSError) as error:
             raise meeting.refuse(RunFailed(one_line(error), BAD_INPUT)) from None
         _run_workers(state, meeting, restarts)
         if meeting.is_host:
             _print_outcome(state)
         else:
-            print(f"{directory}: finished")
+            say(f"{directory}: finished")
 
 
 def _joined(recipe: Recipe, directory: Path, meeting: Meeting) -> RunDirectory:
@@ -216,18 +217,18 @@ def _run_here(state: RunDirectory, first: int) -> None:
 def going_on(directory: Path) -> str:
     """How to go on with a run that ended early."""
     update = last_update(directory)
-    return "nothing of this stage was saved yet" if update is None else f"the same command goes on from update {update}"
+    if update is None:
+        return "nothing of this stage or round was saved yet"
+    return f"the same command goes on from update {update}"
 
 
 def _print_outcome(state: RunDirectory) -> None:
     results = [(spec, result) for i, spec in enumerate(state.recipe.stages) if (result := state.result(i))]
-    print()
-    print(stage_table(results))
+    say(f"\n{stage_table(results)}")
     lines = samples_lines(results[-1][1] if results else {}, 3)
     if lines:
-        print("\nUnseen sentences (source, reference, translation):")
-        print("\n".join(lines))
-    print(f"\nReport: {state.path / REPORT}")
+        say("\n".join(["\nUnseen sentences (source, reference, translation):", *lines]))
+    say(f"\nReport: {state.path / REPORT}")
 
 
 def _decode(recipe: Recipe | None, beam: int | None) -> DecodeConfig:
@@ -264,11 +265,23 @@ def translate(
 
     chosen = choose(model, run_dir, stage)
     translator = _engine(chosen, engine, threads, device)
-    decode = _decode(chosen.recipe, beam)
+    decode, read, cut = _decode(chosen.recipe, beam), 0, list[int]()
     for lines in read_chunks(sys.stdin.buffer):
         for line in translator.translate(lines, decode=decode):
             sys.stdout.buffer.write(line.encode("utf-8") + b"\n")
         sys.stdout.buffer.flush()
+        cut += [read + index + 1 for index in translator.cut]
+        read += len(lines)
+    _warn_of_cut("stdin", cut)
+
+
+def _warn_of_cut(file: str, lines: list[int]) -> None:
+    from tenko.nmt.subwords import MAX_SOURCE_TOKENS
+
+    if lines:
+        others = f" (so were {len(lines) - 1:,} others)" if len(lines) > 1 else ""
+        what = f"line {lines[0]}: cut after {MAX_SOURCE_TOKENS:,} subwords{others}"
+        print(f"tenko: warning: {file}: {what}", file=sys.stderr)
 
 
 def read_chunks(stream: BinaryIO) -> Iterator[list[str]]:
@@ -310,16 +323,21 @@ def evaluate(
     *,
     as_json: bool,
 ) -> None:
-    """`tenko evaluate`: scores on a TSV of English and Czech."""
+    """`tenko evaluate`: scores on a TSV of English and Czech, normalised as a run's own test split is."""
+    from tenko.nmt.clean import normalise
     from tenko.nmt.text_io import read_pairs, source_files
 
     from .models import choose
 
     if str(test) == "embedded":
         raise ValueError("--test: give a TSV file")
-    pairs = list(read_pairs(source_files(str(test), "--test")))
-    if not pairs:
-        raise ValueError(f"--test: {test} is empty")
+    pairs = [(normalise(en), normalise(cs)) for en, cs in read_pairs(source_files(str(test), "--test"))]
+    numbers = [number for number, (en, cs) in enumerate(pairs, 1) if en and cs]
+    if not numbers:
+        raise ValueError(f"--test: {test} is empty" + (f": {len(pairs):,} lines without a pair" if pairs else ""))
+    if len(numbers) < len(pairs):
+        left_out = f"{len(pairs) - len(numbers):,} of {len(pairs):,} lines, of which a side is empty"
+        print(f"tenko: {test}: left out {left_out}", file=sys.stderr)
     chosen = choose(model, run_dir, stage)
     # An artefact's figure is that of its own weights, unless another program is asked for.
     engine = engine or ("fairseq" if chosen.is_artefact else "ctranslate2")
@@ -328,12 +346,13 @@ def evaluate(
 
     from .progress import Reporter
 
-    english, czech = [list(side) for side in zip(*pairs, strict=True)]
+    english, czech = [list(side) for side in zip(*(pairs[number - 1] for number in numbers), strict=True)]
     sources, references = (english, czech) if translator.direction == "en-cs" else (czech, english)
     decode = _decode(chosen.recipe, beam)
     with Reporter(enabled=not as_json and sys.stdout.isatty()) as reporter:
         reporter.start(f"translating {test.name}", len(sources))
         scores = score(translator, sources, references, decode, lambda done, total: reporter.advance(done))
+    _warn_of_cut(str(test), [numbers[index] for index in translator.cut])
     figures = {
         "bleu": scores.bleu,
         "chrf": scores.chrf,
@@ -371,6 +390,8 @@ def export(
         raise ValueError(f"{chosen.folder}: is exported already; give an artefact")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out: {out} exists and is not an empty folder; choose another")
+    if format == "ctranslate2" and out.resolve() == Path.cwd():  # it takes the place of a folder
+        raise ValueError(f"--out: {out} is the folder that you are in; give another")
     logging.disable(logging.INFO)
     if format == "fairseq":
         for name, given in (("--quantization", quantization), ("--vocabulary-map", vocabulary_map)):
@@ -388,9 +409,10 @@ def export(
             raise ValueError("--vocabulary-map: needs --run, whose corpus it is estimated from")
         from tenko.nmt.vocabulary_map import vocabulary_map as estimate
 
-        from .stage_tools import corpus_of
+        from .stage_tools import corpus_of, hold_subwords
 
         corpus = corpus_of(chosen.recipe, lambda line: print(line, file=sys.stderr))
+        hold_subwords(corpus, chosen.folder)
         mapped = estimate(corpus.split("train"), chosen.recipe.direction, corpus.vocab_size)
     print(export_ctranslate2(chosen.folder, out, quantization=quantization or "int8", vocabulary_map=mapped))
 

@@ -1,8 +1,8 @@
 """How a failure becomes one line and an exit code.
 
 2: what the user can mend (ValueError, OSError), a worker that was killed. 1: an error of ours, with a traceback in the
-run's logs. 130 and 143: ended by Ctrl-C or SIGTERM. 75: stopped on notice and saved, or a node was
-lost: the same command goes on, and SLURM's script types it.
+run's logs. 130 and 143: ended by Ctrl-C or SIGTERM. 141: nobody reads what a command says. 75: stopped on notice and
+saved, or a node was lost: the same command goes on, and SLURM's script types it.
 """
 
 from __future__ import annotations

@@ -34,6 +34,15 @@ def write_bytes_atomic(path: Path, data: bytes) -> None:
         raise
 
 
+def read_text(path: Path) -> str:
+    """The text of a file. Raises: ValueError naming the file and line where it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ValueError(f"{path}:{line}: not valid UTF-8") from None
+
+
 def write_json_atomic(path: Path, value: Any) -> None:
     """`write_text_atomic` of readable JSON. Raises ValueError for NaN and infinities, which are not JSON."""
     write_text_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

@@ -12,6 +12,8 @@ from .world import address_of, interface_to, interfaces
 
 JOIN_SECONDS = 300.0
 """How long a node waits for the others at the start, unless --join-timeout says otherwise."""
+JOIN_MOST = 604_800.0
+"""A week."""
 LOOPBACK = "127.0.0.1"
 
 
@@ -62,6 +64,8 @@ class Nodes:
                 if given is not None:
                     raise ValueError(f"{name}: needs --nodes with more than one node, for instance --nodes 2")
             return cls()
+        if join_seconds is not None and not 0 < join_seconds <= JOIN_MOST:
+            raise ValueError(f"--join-timeout: must be at most {JOIN_MOST:g} s, is {join_seconds:g}")
         if rendezvous is None:
             raise ValueError(f"--nodes {nodes}: needs --rendezvous HOST:PORT, the same on every node")
         host, _, port = rendezvous.rpartition(":")

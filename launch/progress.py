@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from .streams import say
+
 PLAIN_INTERVAL = 10.0
 """Seconds between plain lines about work that reports no figures."""
 
@@ -47,7 +49,7 @@ class Reporter:
         if self.terminal:
             self._console.print(message, markup=False, soft_wrap=True)
         else:
-            print(message, flush=True)
+            say(message)
 
     def start(self, title: str, total: int, done: int = 0) -> None:
         """Begin a task of `total` steps, of which `done` are done; ends the one before."""
@@ -88,7 +90,7 @@ class Reporter:
                 self._progress.update(self._task, completed=done)
         elif not self.terminal and (text or time.monotonic() - self._last_line >= PLAIN_INTERVAL):
             self._last_line = time.monotonic()
-            print(f"{self._title} {done}/{self._total}{'  ' if text else ''}{text}", flush=True)
+            say(f"{self._title} {done}/{self._total}{'  ' if text else ''}{text}")
 
     def finish(self) -> None:
         """End the task; the bar goes away."""

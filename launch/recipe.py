@@ -19,6 +19,7 @@ from tenko.comm.config import CommConfig
 from tenko.nmt.config import DataConfig, DecodeConfig, ModelConfig, TrainConfig, require
 
 from .bundled import bundled
+from .files import read_text
 from .settings import Node, Problems, build, describe, join, parse, unknown_key
 from .stage_kinds import NOT_INHERITED, STAGE_CONFIGS, StageConfig, problem, why_not
 
@@ -97,19 +98,14 @@ def load(path_or_name: str, overrides: tuple[str, ...] | list[str] = ()) -> Reci
     """
     path = Path(path_or_name)
     if path.is_file():
-        raw, label = path.read_bytes(), str(path_or_name)
+        text, label = read_text(path), str(path_or_name)
     elif path_or_name in bundled():
-        raw = resources.files("tenko.recipes").joinpath(f"{path_or_name}.yaml").read_bytes()
+        text = resources.files("tenko.recipes").joinpath(f"{path_or_name}.yaml").read_text(encoding="utf-8")
         label = f"{path_or_name}.yaml"
     elif path.is_dir():
         raise ValueError(f"{path_or_name}: a folder; a recipe is a YAML file or one of {', '.join(bundled())}")
     else:
         raise ValueError(f"{path_or_name}: no such recipe; give a YAML file or one of {', '.join(bundled())}")
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
-        raise ValueError(f"{label}:{line}: not valid UTF-8") from None
     return loads(text, label, overrides)
 
 

@@ -1,6 +1,7 @@
 """The run directory: who may write it, what is finished, what a stage is told.
 
     runs/NAME/config.yaml       the resolved recipe; a later run of the directory must agree with it
+    runs/NAME/corpus.json       what the corpus was made of that it began with; a later one must be the same
     runs/NAME/lock              held while a run is on (flock, so that a killed run leaves no stale lock)
     runs/NAME/report.html       curves, table of stages, sample translations
     runs/NAME/logs/             what workers wrote, one file each
@@ -23,7 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from .files import read_json, write_text_atomic
+from .files import read_json, read_text, write_text_atomic
 from .recipe import Recipe, StageSpec, config_to_dict, dump, dump_plain, loads, to_dict
 from .settings import join
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from .job import Job
     from .progress import Reporter
 
-CONFIG, LOCK, REPORT, LOGS = "config.yaml", "lock", "report.html", "logs"
+CONFIG, CORPUS, LOCK, REPORT, LOGS = "config.yaml", "corpus.json", "lock", "report.html", "logs"
 RESULT, METRICS, ARTEFACT, CHECKPOINTS = "result.json", "metrics.jsonl", "artefact", "checkpoints"
 FREE = ("threads", "hang_timeout", "profile", "workers")
 """Settings that may be others when a run goes on, wherever they stand in the recipe: they change none of its results.
@@ -100,7 +101,7 @@ class RunDirectory:
         if not config.is_file():
             what = f"has no {CONFIG}" if path.is_dir() else "does not exist"
             raise ValueError(f"{path}: {what}; give the run directory of a `tenko run`, for instance runs/demo")
-        return cls(path, loads(config.read_text(encoding="utf-8"), str(config)))
+        return cls(path, loads(read_text(config), str(config)))
 
     @classmethod
     def create(cls, path: Path, recipe: Recipe) -> RunDirectory:
@@ -116,11 +117,11 @@ class RunDirectory:
         config = path / CONFIG
         if config.exists():
             try:
-                old = loads(config.read_text(encoding="utf-8"), str(config))
+                old = loads(read_text(config), str(config))
             except ValueError as error:
                 raise ValueError(f"{error}; {_other(path)}") from None
             difference = first_difference(to_dict(old), to_dict(recipe))
-            if difference is not None and _is_blank(path):
+            if difference is not None and is_blank(path):
                 for index in range(len(old.stages)):
                     shutil.rmtree(cls(path, old).stage_directory(index), ignore_errors=True)
             elif difference is not None:
@@ -309,10 +310,10 @@ def _difference(old: Any, new: Any, path: str) -> tuple[str, str, str] | None:
     return None if old == new else (path, str(old), str(new))
 
 
-def _is_blank(path: Path) -> bool:
-    """Whether a run directory holds nothing but settings and logs."""
+def is_blank(path: Path) -> bool:
+    """Whether a run directory holds nothing but settings and logs: nothing was trained."""
     files = (file.relative_to(path) for file in path.rglob("*") if not file.is_dir())
-    return all(file.name == CONFIG or file.parts[0] in (LOCK, LOGS) for file in files)
+    return all(file.name == CONFIG or file.parts[0] in (CORPUS, LOCK, LOGS) for file in files)
 
 
 def _other(path: Path) -> str:

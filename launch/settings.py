@@ -109,6 +109,8 @@ def _convert(node: yaml.Node, loader: yaml.SafeLoader, place: Callable[[int], st
         value = loader.construct_object(node)
     except ValueError as error:  # for instance the date 2024-13-01
         raise ValueError(f"{here}: {node.value}: {error}") from None
+    except (ArithmeticError, AttributeError, LookupError):  # what PyYAML comes to with `!!bool foo`
+        raise ValueError(f"{here}: {node.value}: is no {node.tag.rpartition(':')[2]}") from None
     return Node(here, value, node.value)
 
 
@@ -251,6 +253,8 @@ def _scalar(hint: Any, node: Node) -> Any:
     if hint is bool and isinstance(value, bool):
         return value
     if hint is int and isinstance(value, int) and not isinstance(value, bool):
+        if abs(value) >= 2**63:  # what is counted is counted in 64 bits
+            raise _Mismatch("a whole number of 64 bits")
         return value
     if hint is float and not isinstance(value, bool):
         try:

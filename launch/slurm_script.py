@@ -13,6 +13,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Literal
 
+from .files import read_text
+
 TRAIN, EVALUATE = "train.sbatch", "evaluate.sbatch"
 THEN = ("evaluate", "export")
 VALUES = {
@@ -182,7 +184,7 @@ def _command(request: Request) -> str:
 
 def _template(name: str, own: Path | None) -> str:
     if own is not None:
-        return own.read_text(encoding="utf-8")
+        return read_text(own)
     return resources.files("tenko.slurm").joinpath(name).read_text(encoding="utf-8")
 
 

@@ -26,6 +26,7 @@ from .failures import STOPPED as SAID_STOPPED
 from .failures import read_all, reserve, tidy
 from .nodes import Nodes
 from .notice import SIGNALS, Notice
+from .rundir import CHECKPOINTS, RESULT
 from .watchdog import DUMP, Crew, Watchdog
 
 if TYPE_CHECKING:
@@ -292,9 +293,26 @@ def show_stacks_on_request() -> None:
 
 
 def last_update(run_dir: Path) -> int | None:
-    """The update of the newest checkpoint in a run directory, by the names of the files; None if there is none."""
-    found = [re.search(r"update-(\d+)$", str(path)) for path in run_dir.glob("*/checkpoints/update-*")]
-    return max((int(match[1]) for match in found if match), default=None)
+    """The update that a run goes on from, by the names of its files; None if the training it is in has saved nothing.
+
+    That is the last round or group of the first stage without a result; of a finished run the last stage that trained.
+    """
+
+    def number(folder: Path) -> int:
+        match = re.search(r"\d+", folder.name)
+        return int(match[0]) if match else 0
+
+    def updates(training: Path) -> list[int]:
+        found = (re.fullmatch(r"update-(\d+)", path.name) for path in training.glob(f"{CHECKPOINTS}/*"))
+        return [int(match[1]) for match in found if match]
+
+    stages = sorted(run_dir.glob("[0-9]*-*"), key=number)
+    unfinished = [stage for stage in stages if not (stage / RESULT).is_file()][:1]
+    trainings = [
+        max([*stage.glob("round-*"), *stage.glob("group-*")], key=number, default=stage)
+        for stage in unfinished or reversed(stages)
+    ]
+    return next((max(found) for training in trainings if (found := updates(training))), None)
 
 
 @contextmanager

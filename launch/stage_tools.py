@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import filecmp
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -17,14 +18,15 @@ from tenko.compression.pq import select_blocks
 from tenko.compression.pruning import prunable
 from tenko.nmt import distributed
 from tenko.nmt.artefact_model import open_artefact
-from tenko.nmt.config import ModelConfig, TrainConfig
+from tenko.nmt.config import DataConfig, ModelConfig, TrainConfig
 from tenko.nmt.corpus import Corpus
 from tenko.nmt.deepspeed_engine import plugin
 from tenko.nmt.prepare import prepare
 
+from .files import read_json, write_json_atomic
 from .job import PATIENCE
 from .recipe import Recipe
-from .rundir import ARTEFACT, StageContext
+from .rundir import ARTEFACT, CORPUS, StageContext, is_blank
 from .stage_kinds import PretrainedConfig
 from .trackers import check as check_trackers
 
@@ -76,11 +78,67 @@ def open_corpus(context: StageContext) -> Corpus:
     """The prepared corpus: rank 0 builds or finds it, the others open what it names.
 
     A recipe that begins with a pretrained model takes that model's subwords.
+
+    Raises:
+        ValueError: it is not the corpus that the run began with, or not of the subwords of the stage before.
     """
     path = None
     if distributed.rank() == 0:
-        path = str(corpus_of(context.recipe, report=context.reporter.log).path)
+        corpus = corpus_of(context.recipe, report=context.reporter.log)
+        _hold_corpus(context, corpus)
+        path = str(corpus.path)
     return Corpus.open(Path(distributed.from_rank0(path)))
+
+
+def _hold_corpus(context: StageContext, corpus: Corpus) -> None:
+    """Note the corpus that a run begins with, and hold a later one to it: by content, files and caches may move.
+
+    A run directory of before this was noted takes a corpus of the same subwords.
+    """
+    run_dir, now = context.run_dir, {key: corpus.manifest[key] for key in _IDENTITY}
+    file = run_dir / CORPUS
+    before = read_json(file) if file.exists() else None
+    if before not in (None, now) and not is_blank(run_dir):
+        change = _change(context.recipe.data, before, now)
+        raise ValueError(
+            f"{run_dir}: began with another corpus: {change}; put back what it was, or choose another --run-dir"
+        )
+    if context.previous is not None:
+        hold_subwords(corpus, context.previous / ARTEFACT)
+    if before != now:
+        write_json_atomic(file, now)
+
+
+_IDENTITY = ("hash", "format", "inputs", "settings", "subwords", "versions")
+"""Keys of a corpus's manifest that say what it was made of."""
+
+
+def _change(data: DataConfig, before: dict[str, Any], now: dict[str, Any]) -> str:
+    """What two corpora differ in."""
+    for split in now["inputs"]:
+        if before["inputs"].get(split) != now["inputs"][split]:
+            return f"data.{split} ({getattr(data, split)}) has other content"
+    if before["settings"].get("subwords") != now["settings"].get("subwords"):
+        return f"the subwords ({data.subwords or 'of the stage pretrained'}) have other content"
+    for name, version in now["versions"].items():
+        if before["versions"].get(name) != version:
+            return f"{name} was version {before['versions'].get(name)}, is {version}"
+    return "another version of tenko prepares it otherwise"
+
+
+def hold_subwords(corpus: Corpus, artefact: Path) -> None:
+    """Hold a corpus to the subwords of a model: its numbers would mean other words to it.
+
+    Raises:
+        ValueError: they differ; names both files.
+        OSError: the artefact has none.
+    """
+    file = artefact / corpus.spm_path.name
+    if not filecmp.cmp(file, corpus.spm_path, shallow=False):
+        raise ValueError(
+            f"{file}: not the subwords of the corpus, {corpus.spm_path}: data or data.subwords are not what this model "
+            "was trained with"
+        )
 
 
 def corpus_of(recipe: Recipe, report: Callable[[str], None] = lambda line: None) -> Corpus:

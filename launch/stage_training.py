@@ -118,7 +118,7 @@ def train_model(
     if not trainer.resume():
         begin(trainer)
     _run(context, config, corpus, trainer, folder, title)
-    weights, which = final_weights(folder / CHECKPOINTS, config, trainer.updates, techniques)
+    weights, which = final_weights(folder / CHECKPOINTS, config, trainer.updates, techniques, best=trainer.best.update)
     context.reporter.log(f"{context.stage.name}: {which}")
     load_weights(trainer.parameters, weights, folder / CHECKPOINTS)
     meter = trainer.route.meter if trainer.route is not None else None

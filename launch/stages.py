@@ -24,7 +24,7 @@ from .stage_kinds import PretrainedConfig
 from .stage_lottery import run_lottery
 from .stage_noise import run_quant_noise, run_quantize
 from .stage_results import measure, write_and_measure
-from .stage_tools import check_patterns, open_corpus, pretrained_folder, previous_model, start
+from .stage_tools import check_patterns, hold_subwords, open_corpus, pretrained_folder, previous_model, start
 from .stage_training import train_model
 
 
@@ -61,6 +61,7 @@ def run_pretrained(context: StageContext) -> None:
     folder = pretrained_folder(config, context.recipe.direction)
     corpus = open_corpus(context)
     if distributed.rank() == 0:
+        hold_subwords(corpus, folder)
         direction = read_artefact(folder)[1].get("direction")
         if direction != context.recipe.direction:
             raise ValueError(

@@ -41,8 +41,10 @@ def watch(run_dir: Path, *, once: bool, interval: float) -> None:
         interval: seconds between frames.
 
     Raises:
-        ValueError: not a run directory.
+        ValueError: not a run directory; an interval beyond a day.
     """
+    if not 0 < interval <= 86_400:
+        raise ValueError(f"--interval: must be at most 86400 s, is {interval:g}")
     watcher, terminal = Watcher(run_dir), sys.stdout.isatty()
     width = None if terminal or "COLUMNS" in os.environ else 120
     console = Console(markup=False, highlight=False, width=width)

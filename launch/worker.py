@@ -44,6 +44,7 @@ from .progress import Reporter, ReporterHandler
 from .recipe import load
 from .rundir import LOGS, REPORT, RunDirectory, RunLock, StageContext
 from .spawn import PARENT, adopt_parent, end_with_parent, limit_threads, raise_on_signals
+from .streams import open_closed
 from .world import World
 
 Runners = Mapping[str, Callable[[StageContext], None]]
@@ -62,6 +63,7 @@ def main(argv: Sequence[str] | None = None, runners: Runners | None = None) -> N
     parser.add_argument("recipe", nargs="?", help="YAML file or name; none when the run directory has its config.yaml")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings over the recipe's")
     parser.add_argument("--run-dir", type=Path, help="default: runs/NAME")
+    open_closed()
     arguments = parser.parse_intermixed_args(argv)
     if PARENT in os.environ:
         adopt_parent()

@@ -55,6 +55,8 @@ class CTranslate2Translator:
         self.vocabulary_map: bool = card["vocabulary_map"]
         self.tokens_produced = 0
         """Subwords of all hypotheses so far, ends of sentences included."""
+        self.cut: list[int] = []
+        """Which of the last sentences were cut, at `MAX_SOURCE_TOKENS`."""
         self.subwords = Subwords(self.folder / "spm.model")
         self._pieces = self.subwords.pieces()
         self._ids = {piece: index for index, piece in enumerate(self._pieces)}
@@ -84,7 +86,9 @@ class CTranslate2Translator:
             progress: told (sentences done, sentences in all) after each batch.
         """
         decode = decode or DecodeConfig()
-        sources = [self.subwords.encode(sentence)[:MAX_SOURCE_TOKENS] for sentence in sentences]
+        encoded = [self.subwords.encode(sentence) for sentence in sentences]
+        self.cut = [index for index, ids in enumerate(encoded) if len(ids) > MAX_SOURCE_TOKENS]
+        sources = [ids[:MAX_SOURCE_TOKENS] for ids in encoded]
         results = [""] * len(sentences)
         done = sum(not source for source in sources)
         running: deque[tuple[list[int], list[Any]]] = deque()

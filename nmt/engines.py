@@ -32,6 +32,8 @@ class Engine(Protocol):
     """en-cs or cs-en."""
     tokens_produced: int
     """Subwords of all hypotheses so far, ends of sentences included."""
+    cut: list[int]
+    """Which of the last sentences were cut, at `MAX_SOURCE_TOKENS`."""
 
     def translate(
         self,

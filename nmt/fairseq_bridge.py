@@ -170,9 +170,23 @@ def build_model(config: ModelConfig, dict_path: Path) -> nn.Module:
     Args:
         config: architecture and sizes.
         dict_path: the joint fairseq dictionary.
+
+    Raises:
+        ValueError: as `load_dictionary` and `model_args`; or fairseq builds no model of this.
     """
     dictionary = load_dictionary(dict_path)
-    return TransformerModel.build_model(Namespace(**model_args(config)), _Task(dictionary))
+    try:
+        return TransformerModel.build_model(Namespace(**model_args(config)), _Task(dictionary))
+    except _STRANGE as error:
+        if str(error).startswith("model."):
+            raise
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        where = f"model.extra: with {', '.join(config.extra)}" if config.extra else "model:"
+        raise ValueError(f"{where} fairseq builds no model ({reason})") from error
+
+
+_STRANGE = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What fairseq comes to with options of a wrong type or size. Not all there is: a signal's exception may pass here."""
 
 
 def set_dropout(model: nn.Module, p: float) -> None:

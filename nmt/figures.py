@@ -73,7 +73,11 @@ def train_line(
     }
 
 
-def check_overflows(config: TrainConfig, update: int, overflows: int, scale: float | None) -> None:
+MANY = 10
+"""Skipped updates between two lines, or without a break, after which a training counts as diverged."""
+
+
+def check_overflows(config: TrainConfig, update: int, overflows: int, scale: float | None, *, row: int) -> None:
     """Hold a training that has skipped updates.
 
     Args:
@@ -81,6 +85,7 @@ def check_overflows(config: TrainConfig, update: int, overflows: int, scale: flo
         update: the last one.
         overflows: skipped since the last line.
         scale: of the loss; None where it is not scaled.
+        row: skipped in the last lines that tell of nothing but skipped updates, this one included.
 
     Raises:
         ValueError: it diverged.
@@ -92,8 +97,9 @@ def check_overflows(config: TrainConfig, update: int, overflows: int, scale: flo
                 f"below {config.min_loss_scale:g}: gradients overflow again and again; lower train.lr or use "
                 "precision: bf16 or fp32"
             )
-    elif overflows >= 10 or (overflows and overflows == config.log_interval > 1):
+    elif max(overflows, row) >= MANY or (overflows and overflows == config.log_interval > 1):
+        skipped = max(overflows, row)
         raise ValueError(
-            f"train.lr: training diverged, {overflows} of the last {config.log_interval} updates to "
+            f"train.lr: training diverged, {skipped} of the last {max(config.log_interval, row)} updates to "
             f"{update} had a non-finite gradient; lower train.lr, or set train.clip_norm"
         )

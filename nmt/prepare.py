@@ -7,6 +7,7 @@ it, under a lock: a second run waits for the first and takes what it made, and n
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import hashlib
 import json
@@ -96,9 +97,15 @@ def prepare(config: DataConfig, *, report: Report) -> Corpus:
         for split, source in (("train", config.train), ("valid", config.valid), ("test", config.test))
         if source is not None
     }
+    for split, roles in files.items():
+        for path in roles.values():
+            if not path.is_file():
+                raise ValueError(f"data.{split}: {path} is a pipe, which is read once; give a file")
     if config.subwords is not None:
+        given = Path(config.subwords).expanduser()
+        config = dataclasses.replace(config, subwords=str(given))
         try:
-            Subwords(config.subwords)
+            Subwords(given)
         except ValueError as error:
             raise ValueError(f"data.subwords: {error}") from None
     identity = _identity(config, files)
@@ -110,8 +117,11 @@ def prepare(config: DataConfig, *, report: Report) -> Corpus:
         if place.exists():
             try:
                 corpus = Corpus.open(place)
-                report(f"data: {place} is up to date, {corpus.manifest['splits']['train']['pairs']:,} training pairs")
-                return corpus
+                sizes = corpus.manifest["splits"]
+                if all(sizes[split]["pairs"] for split in SPLITS):
+                    report(f"data: {place} is up to date, {sizes['train']['pairs']:,} training pairs")
+                    return corpus
+                report(f"data: warning: {place}: has an empty split; preparing it again")  # of an older version
             except DamagedCorpus as error:
                 report(f"data: warning: {error}; preparing it again")
         shutil.rmtree(building, ignore_errors=True)  # of a run that was killed: nobody else holds the lock
@@ -303,6 +313,10 @@ class _Builder:
             for split in self.given:
                 for pairs in _batches(self._given_pairs(split)):
                     add(split, pairs, keep_all=True)
+        for split in SPLITS:
+            if not writers[split][0].sentences:
+                dropped = f"{self.dropped[split]['length']:,} were dropped for a side of more than {limit} subwords"
+                raise ValueError(f"data.max_tokens_per_sentence: no pair is left for {split}: {dropped}")
         return {
             split: {
                 "pairs": writers[split][0].sentences,

@@ -125,6 +125,8 @@ class Trainer:
         """Time spent in updates, validations and checkpoints left out; survives a resume."""
         self.shares = Shares(self.device, self.route)
         self._saver: Saver | None = None
+        self._skipped = 0
+        """Updates skipped in lines of nothing else, up to now."""
         self._reset_figures()
 
     # One update
@@ -307,7 +309,8 @@ class Trainer:
             figures["overflows"] = overflows
         if self.scaler.is_enabled():
             figures["scale"] = self.scaler.get_scale()
-        check_overflows(self.config, self.updates, overflows, figures.get("scale"))
+        self._skipped = self._skipped + overflows if overflows >= self.config.log_interval else 0
+        check_overflows(self.config, self.updates, overflows, figures.get("scale"), row=self._skipped)
         if self.route is not None:
             figures["wire_bytes"] = self.route.meter.bytes_sent
             figures["wire_fp32_bytes"] = self.route.meter.fp32_bytes

@@ -160,28 +160,47 @@ def load_weights(parameters: dict[str, nn.Parameter], weights: dict[str, Tensor]
 
 
 def final_weights(
-    checkpoints: Path, config: TrainConfig, last: int, techniques: Sequence[Technique] = ()
+    checkpoints: Path, config: TrainConfig, last: int, techniques: Sequence[Technique] = (), *, best: int = 0
 ) -> tuple[dict[str, Tensor], str]:
     """The weights that a finished training comes to, and in words which; techniques go back to where these were.
 
     They are the average of the last checkpoints, or the best by validation BLEU, as `config` says. Checkpoints that
     were made on notice, or kept for a rewind, do not count: a run that was stopped and went on ends as one that was
-    not, and a ticket as the dense model.
+    not, and a ticket as the dense model. Where the best are lost, the checkpoint of their update stands in for them, or
+    else the newest one. Called on every rank, rank 0 looks.
 
     Args:
         checkpoints: their folder.
         config: of the training.
         last: its last update.
         techniques: of the training, attached, as its last update left them: of an average they stay so.
+        best: the update of the best validation.
 
     Raises:
-        ValueError: one is damaged; names the file.
+        ValueError: one of an average, or all are damaged; names the file.
     """
-    if config.average_last == 1:
-        weights, state, _ = checkpoint.load(checkpoints / "best")
-        load_techniques(techniques, state)
-        return weights, f"best validation BLEU {state['bleu']:.2f} at update {state['update']}"
     regular = [u for u in checkpoint.list_updates(checkpoints) if config.is_regular(u) or u == last]
+    if config.average_last == 1:
+        candidates = [checkpoint.path_of(checkpoints, update) for update in (best, *reversed(regular))]
+        found = _first_whole(checkpoints / "best", candidates) if distributed.rank() == 0 else None
+        name, damage = distributed.from_rank0(found)
+        if name is None:
+            raise ValueError(f"{damage}; no checkpoint is whole; delete {checkpoints} to begin this training anew")
+        weights, state, _ = checkpoint.load(checkpoints / name, check=False)
+        load_techniques(techniques, state)
+        if damage is None:
+            return weights, f"best validation BLEU {state['bleu']:.2f} at update {state['update']}"
+        which = f"weights of {'the best ' if state['update'] == best else ''}update {state['update']}"
+        if distributed.rank() == 0:
+            logger.warning("%s; takes the %s", damage, which)
+        return weights, which
     updates = regular[-config.average_last :]
     folders = [checkpoint.path_of(checkpoints, update) for update in updates]
     return checkpoint.average(folders), f"average of the checkpoints of updates {', '.join(map(str, updates))}"
+
+
+def _first_whole(wanted: Path, others: Sequence[Path]) -> tuple[str | None, str | None]:
+    """The name of the first checkpoint that is whole, None if none is; and what is wrong with the wanted one."""
+    damage = checkpoint.damage_of(wanted)
+    found = (folder.name for folder in (wanted, *others) if checkpoint.damage_of(folder) is None)
+    return next(found, None), damage

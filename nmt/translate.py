@@ -36,6 +36,8 @@ class Translator:
         self.subwords, self.dict_path, self.direction = subwords, dict_path, direction
         self.tokens_produced = 0
         """Subwords of all hypotheses so far, ends of sentences included."""
+        self.cut: list[int] = []
+        """Which of the last sentences were cut, at `MAX_SOURCE_TOKENS`."""
 
     @classmethod
     def load(cls, artefact: Path | str, *, threads: int | None = None, device: str = "cpu") -> Translator:
@@ -80,7 +82,9 @@ class Translator:
         """
         decode = decode or DecodeConfig()
         beam = Beam(self.model, self.dict_path, decode)
-        sources: list[np.ndarray | None] = [self._encode(s) for s in sentences]
+        encoded = [self.subwords.encode(sentence) for sentence in sentences]
+        self.cut = [index for index, ids in enumerate(encoded) if len(ids) > MAX_SOURCE_TOKENS]
+        sources = [np.array([*ids[:MAX_SOURCE_TOKENS], EOS], dtype=np.int64) if ids else None for ids in encoded]
         sizes = np.array([0 if s is None else len(s) for s in sources])
         order = np.array([i for i in np.argsort(-sizes, kind="stable") if sizes[i]], dtype=np.int64)
         results = [""] * len(sentences)
@@ -97,7 +101,3 @@ class Translator:
             if progress is not None:
                 progress(done, len(sentences))
         return results
-
-    def _encode(self, sentence: str) -> np.ndarray | None:
-        ids = self.subwords.encode(sentence)[:MAX_SOURCE_TOKENS]
-        return np.array([*ids, EOS], dtype=np.int64) if ids else None

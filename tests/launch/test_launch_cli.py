@@ -13,6 +13,8 @@ import pytest
 
 from tenko.launch import cli, commands
 from tenko.launch.errors import RunFailed, Terminated, one_line
+from tenko.launch.recipe import load
+from tenko.launch.rundir import RunDirectory, RunLock
 
 
 def tenko(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -41,6 +43,26 @@ def test_help_is_quick() -> None:
     assert time.monotonic() - before < 3, "0.1 s when the machine is idle"
 
 
+@pytest.mark.parametrize("arguments", ["--help", "watch --once run"])
+def test_a_reader_that_goes_away_ends_a_command_quietly(arguments: str, tmp_path: Path) -> None:
+    with RunLock(tmp_path / "run"):
+        RunDirectory.create(tmp_path / "run", load("tiny"))
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "tenko.launch.cli", *arguments.split()]
+    done = subprocess.run(command, cwd=tmp_path, stdout=write, stderr=subprocess.PIPE, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_closed_streams_are_as_devnull() -> None:
+    code = "from tenko.launch import cli, progress; import sys\n"
+    code += "try: cli.main(['--help'])\nfinally: progress.Reporter().log('x'); assert sys.stdin.buffer.read() == b''"
+    command = 'exec "$0" -c "$1" <&- >&-'
+    done = subprocess.run(["sh", "-c", command, sys.executable, code], stderr=subprocess.PIPE, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -57,6 +79,12 @@ def test_help_is_quick() -> None:
         (["translate", "--run", "nix", "--engine", "marian"], "Invalid value for '--engine'"),
         (["translate", "--run", "nix", "--beam", "0"], "Invalid value for '--beam'"),
         (["evaluate", "--run", "nix", "--test", "no.tsv"], "--test: no such file: no.tsv"),
+        (["watch", "nix", "--interval", "inf"], "--interval: must be at most 86400 s, is inf"),
+        (
+            ["run", "tiny", "--nodes", "2", "--join-timeout", "inf"],
+            "--join-timeout: must be at most 604800 s, is inf",
+        ),
+        (["export", "en-cs", "--format", "ctranslate2", "--out", "."], "--out: . is the folder that you are in"),
         (["export", "--run", "nix", "--format", "onnx", "--out", "x"], "Invalid value for '--format'"),
     ],
 )
@@ -118,6 +146,27 @@ def test_a_line_is_translated_when_it_arrives() -> None:
         assert next(chunks) == ["two"]
         os.close(write)
         assert list(chunks) == [["three"]]
+
+
+class Cuts:
+    """An engine that cuts the lines that say `long`."""
+
+    direction = "en-cs"
+
+    def translate(self, lines: list[str], **_: object) -> list[str]:
+        self.cut = [index for index, line in enumerate(lines) if line == "long"]
+        return lines
+
+
+def test_lines_that_were_cut_are_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(commands, "_engine", lambda *_: Cuts())
+    monkeypatch.setattr(commands, "CHUNK", 8)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\nb\nlong\n\nc\nd\nlong\nlong\n")))
+    code, out, error = tenko(capsys, "translate", "en-cs")
+    assert (code, out) == (0, "a\nb\nlong\n\nc\nd\nlong\nlong\n")
+    assert error == "tenko: warning: stdin: line 3: cut after 1,000 subwords (so were 2 others)\n"
 
 
 def test_invalid_utf8_on_stdin_names_the_line_after_the_good_ones() -> None:

@@ -139,6 +139,12 @@ def test_all_mistakes_are_counted() -> None:
         ("train.lr=x", "override train.lr=x: train.lr: must be a number, is x"),
         ("train.lrr=1", "override train.lrr=1: train.lrr: unknown key; did you mean lr? valid:"),
         ("trian.lr=1", "override trian.lr=1: trian: unknown key;"),
+        ("seed=!!bool foo", "override seed=!!bool foo: foo: is no bool"),
+        ("seed=!!timestamp foo", "override seed=!!timestamp foo: foo: is no timestamp"),
+        (
+            f"train.max_tokens={10**20}",
+            f"override train.max_tokens={10**20}: train.max_tokens: must be a whole number of 64 bits",
+        ),
         ("seed=-1", "override seed=-1: seed: must be 0 to 2^63 - 1, is -1"),
         ("stages=[]", "override stages=[]: stages are set in the recipe file"),
         ("train=1", "override train=1: names a stage; set one of its keys"),

@@ -112,6 +112,9 @@ def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:
 def test_reading_what_is_no_run_says_so(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has no config\.yaml"):
         RunDirectory.read(tmp_path)
+    (tmp_path / "config.yaml").write_bytes(b"name: x\n\xff\n")
+    with pytest.raises(ValueError, match=r"config\.yaml:2: not valid UTF-8"):
+        RunDirectory.read(tmp_path)
     with pytest.raises(ValueError, match="does not exist"):
         RunDirectory.read(tmp_path / "x")
 

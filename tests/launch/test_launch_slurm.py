@@ -127,6 +127,9 @@ def test_a_template_of_ones_own_is_filled_in_and_a_strange_name_in_it_refused(tm
     script = train_script(replace(request(tmp_path), template=own))
     assert "module load x; #" in script
     assert "#SBATCH --nodes=2" in script
+    own.write_bytes(b"#!/bin/bash\n\xff\n")
+    with pytest.raises(ValueError, match=r"own\.sbatch:2: not valid UTF-8\Z"):
+        train_script(replace(request(tmp_path), template=own))
     own.write_text("@nodes@")
     with pytest.raises(ValueError, match=rf"--template: @nodes@: unknown; valid: @directives@.*@{[*VALUES][-1]}@"):
         train_script(replace(request(tmp_path), template=own))

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from processes import alive
 
+from tenko.launch.spawn import last_update
+
 pytestmark = pytest.mark.torchrun
 
 # `train` makes an all-reduce an update and writes its checkpoints like a real one; FAKE says what befalls which rank.
@@ -230,3 +232,25 @@ def test_an_outer_torchrun_runs_the_same_stages(run: Run) -> None:
     assert done.returncode == 0, done.stderr
     assert run.result("1-train")["bleu"] == 12.5
     assert run.result("2-quantize")["bleu"] == 12.0
+
+
+def test_a_run_goes_on_from_the_newest_save_of_the_training_that_it_is_in(tmp_path: Path) -> None:
+    def save(training: str, update: int) -> None:
+        (tmp_path / training / "checkpoints" / f"update-{update:08d}").mkdir(parents=True)
+
+    assert last_update(tmp_path) is None
+    save("1-train", 400)
+    save("1-train", 500)
+    (tmp_path / "1-train" / "checkpoints" / "update-00000600.damaged").mkdir()
+    assert last_update(tmp_path) == 500
+    (tmp_path / "1-train" / "result.json").touch()
+    assert last_update(tmp_path) == 500
+    (tmp_path / "2-lottery" / "round-01").mkdir(parents=True)
+    assert last_update(tmp_path) is None, "nothing of this stage or round was saved yet"
+    save("2-lottery/round-01", 80)
+    save("2-lottery/round-02", 20)
+    assert last_update(tmp_path) == 20
+    (tmp_path / "2-lottery" / "result.json").touch()
+    save("3-ipq/group-9-ffn", 8)
+    save("3-ipq/group-10-attention", 4)
+    assert last_update(tmp_path) == 4

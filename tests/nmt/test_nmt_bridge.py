@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import fairseq
 import numpy as np
@@ -57,6 +58,20 @@ def test_an_unknown_architecture_names_the_valid_ones() -> None:
 def test_an_unknown_option_names_the_valid_ones() -> None:
     with pytest.raises(ValueError, match=r"\Amodel\.extra: unknown option 'activation'.*valid: .*\bactivation_fn\b"):
         model_args(toy_config(extra={"activation": "gelu"}))
+
+
+@pytest.mark.parametrize(
+    ("extra", "reason"),
+    [
+        ({"activation_fn": "foo"}, "--activation-fn foo not supported"),
+        ({"encoder_layers": "x"}, "'str' object cannot be interpreted as an integer"),
+        ({"decoder_attention_heads": 0}, "integer modulo by zero"),
+    ],
+)
+def test_an_option_of_a_wrong_value_is_named(small_corpus: Corpus, extra: dict[str, Any], reason: str) -> None:
+    names = ", ".join(extra)
+    with pytest.raises(ValueError, match=rf"\Amodel\.extra: with {names} fairseq builds no model \(.*{reason}.*\)\Z"):
+        build_model(toy_config(extra=extra), small_corpus.dict_path)
 
 
 def test_heads_that_do_not_divide_the_architectures_width_are_refused() -> None:

@@ -23,7 +23,7 @@ class Parrot:
     direction = "en-cs"
 
     def __init__(self, hypotheses: Sequence[str]) -> None:
-        self.hypotheses, self.tokens_produced = list(hypotheses), 1000
+        self.hypotheses, self.tokens_produced, self.cut = list(hypotheses), 1000, list[int]()
 
     def translate(
         self, sentences: Sequence[str], *, decode: DecodeConfig, progress: Callable[[int, int], None] | None = None

@@ -1,8 +1,10 @@
 """Preparing a corpus from real files: splits that do not leak, reuse by content, and nothing half-written."""
 
 import errno
+import json
 import lzma
 import multiprocessing
+import os
 import random
 import shutil
 import signal
@@ -329,6 +331,29 @@ def test_bad_corpora_are_one_line_and_leave_nothing(tmp_path: Path, content: str
         prepare(config(tmp_path, str(tmp_path / "corpus.tsv")), report=quiet)
     assert "\n" not in str(error.value)
     assert left_over(tmp_path / "cache") == []
+
+
+def test_a_limit_that_no_pair_fits_is_named_and_an_empty_corpus_is_not_kept(corpus_file: str, tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"^data\.max_tokens_per_sentence: no pair is left for train: 1,\d+ were dropped"
+    ):
+        prepare(config(tmp_path, corpus_file, max_tokens_per_sentence=2), report=quiet)
+    assert left_over(tmp_path / "cache") == []
+    first = config(tmp_path, corpus_file, test_size=1)
+    corpus = prepare(first, report=quiet)
+    manifest = corpus.manifest | {"splits": corpus.manifest["splits"] | {"test": {"pairs": 0, "tokens": {}}}}
+    (corpus.path / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    assert len(prepare(first, report=quiet).split("test")) == 1, "an empty one of an older version is prepared again"
+
+
+def test_what_is_read_more_than_once_must_be_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match=r"^data\.train: .*pipe is a pipe, which is read once; give a file$"):
+        prepare(config(tmp_path, str(tmp_path / "pipe")), report=quiet)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.model").write_bytes(b"no model")
+    with pytest.raises(ValueError, match=r"^data\.subwords: /.*/mine\.model: not a sentencepiece model$"):
+        prepare(config(tmp_path, "embedded", subwords="~/mine.model"), report=quiet)
 
 
 def test_an_empty_test_file_names_its_key(corpus_file: str, tmp_path: Path) -> None:

@@ -222,6 +222,34 @@ def test_the_best_weights_are_read_by_the_codebooks_or_moments_of_their_own_upda
     assert not torch.equal(read[1], read[2])
 
 
+def test_where_the_best_weights_are_lost_their_update_or_the_newest_stands_in(
+    small_corpus: Corpus, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = toy_trainer(small_corpus, tmp_path, save_interval=2, max_update=6, valid_interval=2, keep_updates=(5,))
+    trainer.run(validate=validations(1.0, 9.0, 2.0))
+
+    def final() -> tuple[dict[str, torch.Tensor], str]:
+        return final_weights(tmp_path, trainer.config, 6, best=trainer.best.update)
+
+    wanted, which = final()
+    wanted = {name: tensor.clone() for name, tensor in wanted.items()}  # they were mapped from the file
+    assert which == "best validation BLEU 9.00 at update 4"
+    (tmp_path / "best" / "model.safetensors").write_bytes(b"")
+    weights, which = final()
+    assert which == "weights of the best update 4"
+    assert differing(weights, wanted) == []
+    said = f"{tmp_path / 'best' / 'model.safetensors'}: damaged (its checksum differs); takes the {which}"
+    assert caplog.messages == [said]
+    shutil.rmtree(tmp_path / "best")
+    assert final()[1] == which
+    shutil.rmtree(checkpoint.path_of(tmp_path, 4))
+    assert final()[1] == "weights of update 6"
+    for update in (2, 6):
+        (checkpoint.path_of(tmp_path, update) / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"best: no such checkpoint; no checkpoint is whole; delete "):
+        final()
+
+
 def test_the_average_leaves_out_what_is_kept_for_a_rewind(small_corpus: Corpus, tmp_path: Path) -> None:
     settings = {"save_interval": 2, "keep_last": 2, "average_last": 2, "keep_updates": (0, 3), "max_update": 4}
     trainer = toy_trainer(small_corpus, tmp_path, **settings)

@@ -178,7 +178,7 @@ def test_an_update_with_a_non_finite_gradient_changes_nothing(
     assert trainer._figures(0.0)["overflows"] == 1
 
 
-@pytest.mark.parametrize(("log_interval", "stopped_at"), [(4, 4), (50, 30)])
+@pytest.mark.parametrize(("log_interval", "stopped_at"), [(1, 10), (4, 4), (50, 30)])
 def test_divergence_is_an_error_of_one_line(
     small_corpus: Corpus, tmp_path: Path, log_interval: int, stopped_at: int
 ) -> None:

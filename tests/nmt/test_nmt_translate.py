@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from toy_training import toy_config, toy_trainer
 from tenko.compression import read_artefact, write_artefact
 from tenko.nmt.config import DecodeConfig
 from tenko.nmt.corpus import Corpus
+from tenko.nmt.fairseq_bridge import Beam
 from tenko.nmt.translate import MAX_SOURCE_TOKENS, Translator
 
 BEAM = DecodeConfig(beam=3, max_tokens=2000)
@@ -94,12 +96,22 @@ def test_beam_one_is_greedy(translator: Translator, sentences: list[str], small_
     assert translator.translate(sentences[:1], decode=DecodeConfig(beam=1)) == [greedy]
 
 
-def test_a_sentence_beyond_the_models_positions_is_cut(translator: Translator) -> None:
-    line = "abc " * (2 * MAX_SOURCE_TOKENS)
-    encoded = translator._encode(line)
-    assert encoded is not None
-    assert len(encoded) == MAX_SOURCE_TOKENS + 1
-    assert encoded[-1] == 2
+def test_a_sentence_beyond_the_models_positions_is_cut_and_noted(
+    translator: Translator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def generate(beam: Any, sample: dict[str, Any]) -> list[tuple[int, list[int]]]:
+        seen.extend(sample["net_input"]["src_tokens"].tolist())
+        return [(int(index), []) for index in sample["id"]]
+
+    monkeypatch.setattr(Beam, "generate", generate)
+    assert translator.translate(["Open.", "", "abc " * (2 * MAX_SOURCE_TOKENS)]) == ["", "", ""]
+    assert translator.cut == [2]
+    longest = max(seen, key=lambda tokens: tokens[0] != 1)
+    assert (len(longest), longest[-1]) == (MAX_SOURCE_TOKENS + 1, 2)
+    translator.translate(["Open."])
+    assert translator.cut == []
 
 
 def test_threads_are_set(artefact: Path) -> None:
