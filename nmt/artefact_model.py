@@ -13,7 +13,7 @@ from tenko.compression.container import artefact_file
 from tenko.compression.packed import read_artefact
 
 from .config import ModelConfig
-from .fairseq_bridge import build_model, load_dictionary, model_args
+from .fairseq_bridge import STRANGE, build_model, load_dictionary, model_args
 
 DICTIONARY = "dict.txt"
 
@@ -54,7 +54,7 @@ def check_model(config: ModelConfig, folder: Path, state: Mapping[str, Tensor]) 
                 raise ValueError(f"{count} layers in the {side}; the file has {found}")
         with torch.device("meta"):  # shapes only
             expected = build_model(config, folder / DICTIONARY).state_dict()
-    except Exception as error:  # whatever fairseq comes to with settings from a file
+    except STRANGE as error:  # whatever fairseq comes to with settings from a file
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{file}: its metadata describe no model of these tensors ({reason})") from None
     for name in sorted(expected.keys() ^ state.keys()):

@@ -177,7 +177,7 @@ def build_model(config: ModelConfig, dict_path: Path) -> nn.Module:
     dictionary = load_dictionary(dict_path)
     try:
         return TransformerModel.build_model(Namespace(**model_args(config)), _Task(dictionary))
-    except _STRANGE as error:
+    except STRANGE as error:
         if str(error).startswith("model."):
             raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -185,7 +185,7 @@ def build_model(config: ModelConfig, dict_path: Path) -> nn.Module:
         raise ValueError(f"{where} fairseq builds no model ({reason})") from error
 
 
-_STRANGE = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+STRANGE = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """What fairseq comes to with options of a wrong type or size. Not all there is: a signal's exception may pass here."""
 
 
