@@ -4,10 +4,11 @@
     python benchmarks/tickets.py runs/lottery-1 runs/lottery-2 runs/lottery-3
     python benchmarks/tickets.py runs/lottery-1 runs/rewound-to-0 --out /tmp/tickets
 
-Runs no training. A run directory may hold several lottery stages; equal ones of several runs (seeds) become one line of
-the plot, its mean with a band from the lowest to the highest. Each round is judged by sacrebleu's paired bootstrap on
-the test set's translations, against the dense model of the same run, and against the first tickets among the runs of
-its seed with as many weights left. Writes tickets.json, tickets.md and tickets.png to docs/results, or to --out.
+Runs no training. A run directory may hold several lottery stages; of one that is not finished the rounds that are
+count. Equal ones of several runs (seeds) become one line of the plot, its mean with a band from the lowest to the
+highest. Each round is judged by sacrebleu's paired bootstrap on the test set's translations, against the dense model of
+the same run, and against the first tickets among the runs of its seed with as many weights left. Writes tickets.json,
+tickets.md and tickets.png to docs/results, or to --out.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def read_run(path: Path) -> tuple[list[Measured], list[str]]:
     """All that a run measured, the dense model first, and the references of its test set.
 
     Raises:
-        ValueError: it is no run with a finished lottery.
+        ValueError: no round of a lottery in it is finished.
     """
     run = RunDirectory.read(path)
     recipe, found = run.recipe, list[Measured]()
@@ -86,17 +87,16 @@ def read_run(path: Path) -> tuple[list[Measured], list[str]]:
 
     for index, spec in enumerate(recipe.stages):
         folder = run.stage_directory(index)
-        if not run.is_finished(index):
-            continue
-        if isinstance(spec.config, TrainConfig):
+        if isinstance(spec.config, TrainConfig) and run.is_finished(index):
             found.clear()  # a lottery is held to the training right before it
             add(folder, "dense", 1.0)
         elif isinstance(spec.config, LotteryConfig):
             for this in lottery.rounds(spec.config):
-                result = json.loads((folder / this.folder / RESULT).read_text())
-                add(folder / this.folder, label(spec.config), result["fraction_remaining"])
+                if (folder / this.folder / RESULT).is_file():
+                    result = json.loads((folder / this.folder / RESULT).read_text())
+                    add(folder / this.folder, label(spec.config), result["fraction_remaining"])
     if len(found) < 2:
-        raise ValueError(f"{path}: holds no finished lottery")
+        raise ValueError(f"{path}: holds no finished round of a lottery")
     texts = corpus_of(recipe).text("test")
     return found, list(texts[("en", "cs").index(recipe.direction.split("-")[1])])
 
@@ -194,7 +194,7 @@ def markdown(rows: Sequence[dict[str, Any]], command: str, commit: str, sentence
 def main() -> None:
     """Read the runs, compare, write table and plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, nargs="+", help="run directories with finished lotteries")
+    parser.add_argument("runs", type=Path, nargs="+", help="run directories with lotteries")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of tickets.json, .md and .png")
     args = parser.parse_args()
     runs = [read_run(path) for path in args.runs]
