@@ -2,13 +2,13 @@
 
     for seed in 1 2 3; do tenko run lottery seed=$seed --run-dir runs/lottery-$seed; done
     python benchmarks/tickets.py runs/lottery-1 runs/lottery-2 runs/lottery-3
-    python benchmarks/tickets.py runs/lottery-1 runs/rewound-to-0 --out /tmp/tickets
+    python benchmarks/tickets.py runs/lottery-1 runs/rewound-to-0 --out /tmp --name rewinding
 
 Runs no training. A run directory may hold several lottery stages; of one that is not finished the rounds that are
 count. Equal ones of several runs (seeds) become one line of the plot, its mean with a band from the lowest to the
 highest. Each round is judged by sacrebleu's paired bootstrap on the test set's translations, against the dense model of
 the same run, and against the first tickets among the runs of its seed with as many weights left. Writes tickets.json,
-tickets.md and tickets.png to docs/results, or to --out.
+tickets.md and tickets.png to docs/results; --out and --name choose others.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def _difference(difference: Difference) -> dict[str, float]:
     return {"delta": difference.delta, "p": difference.p}
 
 
-def markdown(rows: Sequence[dict[str, Any]], command: str, commit: str, sentences: int) -> str:
+def markdown(rows: Sequence[dict[str, Any]], command: str, commit: str, sentences: int, name: str) -> str:
     """The tables: each series by weights left, and the controls against the tickets."""
     dense = [row for row in rows if row["series"] == "dense"]
     seeds = sorted({row["seed"] for row in rows})
@@ -165,7 +165,7 @@ def markdown(rows: Sequence[dict[str, Any]], command: str, commit: str, sentence
         "artefact read back from disk; bytes are of its file; p is of sacrebleu's paired bootstrap (1,000 resamples), "
         "one for each seed.",
         "",
-        "![BLEU by the weights left](tickets.png)",
+        f"![BLEU by the weights left]({name}.png)",
         "",
         "BLEU, less dense:",
         "",
@@ -196,6 +196,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", help="run directories with lotteries")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of tickets.json, .md and .png")
+    parser.add_argument("--name", default="tickets", help="of these files, in place of tickets")
     args = parser.parse_args()
     runs = [read_run(path) for path in args.runs]
     if any(references != runs[0][1] for _, references in runs):
@@ -207,14 +208,15 @@ def main() -> None:
                 tickets.setdefault((entry.seed, entry.fraction), entry)
     rows = [row for measured, references in runs for row in judge(measured, references, tickets)]
     sentences = len(runs[0][1])
-    command = " ".join(["python benchmarks/tickets.py", *map(str, args.runs)])
+    named = [] if args.name == "tickets" else ["--name", args.name]
+    command = " ".join(["python benchmarks/tickets.py", *map(str, args.runs), *named])
     commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip()
     args.out.mkdir(parents=True, exist_ok=True)
     document = {"command": command, "commit": commit, "sentences": sentences, "rows": rows}
-    (args.out / "tickets.json").write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
-    text = markdown(rows, command, commit, sentences)
-    (args.out / "tickets.md").write_text(text)
-    (args.out / "tickets.png").write_bytes(png(lambda: tickets_figure(_series(rows), _dense(rows))))
+    (args.out / f"{args.name}.json").write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+    text = markdown(rows, command, commit, sentences, args.name)
+    (args.out / f"{args.name}.md").write_text(text)
+    (args.out / f"{args.name}.png").write_bytes(png(lambda: tickets_figure(_series(rows), _dense(rows))))
     print(text)
 
 
