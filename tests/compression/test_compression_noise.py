@@ -432,6 +432,7 @@ def test_what_is_read_under_autocast_is_what_is_baked(scheme: str, granularity: 
         model[0].weight.add_(1.0)  # a sum over all of them does not fit fp16
     technique = all_of(scheme=scheme, granularity=granularity)
     technique.attach(model)
+    technique.before_update(0)  # what was read so far is read anew
     with torch.autocast("cpu", dtype=dtype):
         read = model[0].weight.detach().clone()
     technique.bake(model)
