@@ -321,9 +321,10 @@ SCENARIOS = {f.__name__: f for f in (agree, bounds, overflow, no_sync, meter, pl
 
 if __name__ == "__main__":
     sys.modules["hook_worker"] = sys.modules["__main__"]  # the other scenarios import from here
-    from lane_scenarios import SCENARIOS as MORE
+    from lane_scenarios import SCENARIOS as OF_LANES
+    from server_scenarios import SCENARIOS as OF_SERVER
 
-    SCENARIOS |= MORE
+    SCENARIOS |= OF_LANES | OF_SERVER
     if DEVICE.type == "cuda":
         torch.cuda.set_device(DEVICE)
     dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo")
