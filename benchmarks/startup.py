@@ -29,7 +29,7 @@ RECIPE = Path(__file__).parents[1] / "recipes" / "tiny.yaml"
 LONG = ("train.max_update=100000", "train.save_interval=10", "train.valid_interval=100000", "train.log_interval=10")
 """A training that does not end by itself."""
 IMPORTS = {
-    "tenko run": "import tenko.launch.cli, tenko.launch.commands, tenko.launch.agent",
+    "tenko run": "import tenko.launch.cli, tenko.launch.run_command, tenko.launch.agent",
     "worker": "import tenko.launch.worker, tenko.launch.stages, accelerate",
 }
 

@@ -6,17 +6,13 @@ Nothing that comes in is interpreted beyond a header of two integers. What comes
 it stayed in the socket, a message behind it that somebody waits for would never arrive, and the kernel would take a
 rank that is a minute late for one that is cut off.
 
-The listener is bound to one address, the one that reaches the master (`MASTER_ADDR`), so loopback for a job on one
-machine; `TENKO_ADDRESS` or GLOO_SOCKET_IFNAME's interface decide otherwise. It takes only peers that know a token,
-drawn by rank 0 and handed out through the process group, and is closed as soon as all peers are there.
+How the connections come about is in `mesh_setup.py`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import secrets
 import select
 import socket
 import struct
@@ -30,15 +26,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .address import own_address
+from .mesh_setup import connect, tune
 
 _HEADER = struct.Struct("<QQ")  # tag, bytes
-_HELLO = struct.Struct("<16sI")  # token, rank
 _TURN = 1 << 20  # bytes moved for one peer before the next one has its turn
 _EARLY = 1 << 30  # bytes of one peer that are kept before they are asked for; beyond it waits as long as need be
 _CUT_OFF_SECONDS = 45.0  # that bytes may stay unacknowledged, which a peer's thread takes in whatever else it does
-_UNSENT = 256 << 10  # bytes that may wait in a socket: short queues, which matters under BBR and at 10 Gbit/s
-_CONNECT_SECONDS = 60.0
 
 
 class MeshHandle:
@@ -114,8 +107,10 @@ class Mesh:
         self.rank, self.world_size, self.timeout = dist.get_rank(group), dist.get_world_size(group), timeout
         self.changed = threading.Condition()
         self.failure: str | None = None
-        self._names: dict[int, str] = {}
-        self._peers = {rank: _Peer(rank, sock) for rank, sock in self._connect(group).items()}
+        sockets, self._names = connect(group)
+        for sock in sockets.values():
+            tune(sock, _CUT_OFF_SECONDS)
+        self._peers = {rank: _Peer(rank, sock) for rank, sock in sockets.items()}
         self._epoll = select.epoll()
         self._by_fd = {peer.sock.fileno(): peer for peer in self._peers.values()}
         for fd in self._by_fd:
@@ -130,7 +125,7 @@ class Mesh:
 
     def name(self, peer: int) -> str:
         """How an error calls a peer."""
-        return f"rank {peer} ({self._names.get(peer, 'address unknown')})"
+        return f"rank {peer} ({self._names[peer]})"
 
     def start(self, tag: int, outgoing: Mapping[int, Tensor], incoming: Mapping[int, Tensor | None]) -> MeshHandle:
         """See `link.Link`. Thread-safe; returns at once."""
@@ -165,67 +160,6 @@ class Mesh:
         self._stopping = True
         self._wake()
         self._thread.join(5.0)
-
-    # Setting up
-
-    def _connect(self, group: dist.ProcessGroup | None) -> dict[int, socket.socket]:
-        address, family = own_address()
-        with socket.socket(family, socket.SOCK_STREAM) as listener:
-            listener.bind((address, 0))
-            listener.listen(self.world_size)
-            mine = {"host": address, "port": listener.getsockname()[1], "token": secrets.token_hex(16)}
-            cards = _gather_json(mine, group)
-            token = bytes.fromhex(cards[0]["token"])
-            self._names = {rank: f"{card['host']}:{card['port']}" for rank, card in enumerate(cards)}
-            sockets: dict[int, socket.socket] = {}
-            try:
-                for peer in range(self.rank):
-                    sockets[peer] = self._call(peer, cards[peer], token)
-                self._accept(listener, token, sockets)
-            except BaseException:
-                for sock in sockets.values():
-                    sock.close()
-                raise
-        for sock in sockets.values():
-            _tune(sock)
-        return sockets
-
-    def _call(self, peer: int, card: dict[str, str], token: bytes) -> socket.socket:
-        try:
-            sock = socket.create_connection((card["host"], int(card["port"])), timeout=_CONNECT_SECONDS)
-            sock.sendall(_HELLO.pack(token, self.rank))
-            return sock
-        except OSError as error:
-            raise ConnectionError(
-                f"{self.name(peer)} cannot be reached from rank {self.rank}: {error}; set TENKO_ADDRESS on each "
-                "machine to the address that the others reach"
-            ) from None
-
-    def _accept(self, listener: socket.socket, token: bytes, sockets: dict[int, socket.socket]) -> None:
-        deadline = time.monotonic() + _CONNECT_SECONDS
-        while len(sockets) < self.world_size - 1:
-            missing = [p for p in range(self.rank + 1, self.world_size) if p not in sockets]
-            listener.settimeout(max(deadline - time.monotonic(), 0.01))
-            try:
-                sock, _ = listener.accept()
-                sock.settimeout(5.0)
-                hello = sock.recv(_HELLO.size, socket.MSG_WAITALL)
-            except TimeoutError:
-                if time.monotonic() >= deadline:
-                    names = ", ".join(self.name(p) for p in missing)
-                    raise ConnectionError(
-                        f"{names} did not connect within {_CONNECT_SECONDS:g} s to rank {self.rank}; set TENKO_ADDRESS "
-                        "on each machine to the address that the others reach"
-                    ) from None
-                continue
-            except OSError:
-                continue
-            if len(hello) == _HELLO.size:
-                known, rank = _HELLO.unpack(hello)
-                if secrets.compare_digest(known, token) and rank in missing:
-                    sockets[rank] = sock
-                    continue
-            sock.close()  # not one of ours
 
     # The thread that moves bytes
 
@@ -426,35 +360,7 @@ class Mesh:
             call()
 
 
-def _tune(sock: socket.socket) -> None:
-    """No waiting for small messages; a peer cut off from the network is found within about a minute."""
-    sock.settimeout(None)
-    sock.setblocking(False)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    options = (
-        ("TCP_NOTSENT_LOWAT", _UNSENT),
-        ("TCP_KEEPIDLE", 15),
-        ("TCP_KEEPINTVL", 5),
-        ("TCP_KEEPCNT", 6),
-        ("TCP_USER_TIMEOUT", round(_CUT_OFF_SECONDS * 1000)),
-    )
-    for option, value in options:
-        if hasattr(socket, option):
-            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
-
-
 def _bytes(buffer: Tensor) -> memoryview:
     assert buffer.dtype == torch.uint8, buffer.dtype
     assert buffer.is_contiguous()
     return memoryview(buffer.numpy().data).cast("B") if buffer.numel() else memoryview(b"")
-
-
-def _gather_json(value: object, group: dist.ProcessGroup | None, room: int = 256) -> list[dict[str, str]]:
-    """Every rank's small JSON value."""
-    text = json.dumps(value).encode()
-    assert len(text) <= room, text
-    mine = torch.from_numpy(np.frombuffer(text.ljust(room), dtype=np.uint8).copy())
-    everybody = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(everybody, mine, group=group)
-    return [json.loads(bytes(other.tolist())) for other in everybody]

@@ -1,4 +1,5 @@
-"""The `tenko` command line. What it does is in `commands.py`, imported only when a command runs: `--help` is quick."""
+"""The `tenko` command line. What it does is in `run_command.py` and `commands.py`, imported only when a command runs:
+`--help` is quick."""
 
 from __future__ import annotations
 
@@ -166,11 +167,11 @@ def run(
     \b
     tenko run scratch --run-dir /shared/runs/scratch --nodes 2 --rendezvous node1:29500
     """
-    from . import commands
+    from . import run_command
     from .nodes import Nodes
 
     where = Nodes.parse(nodes, rendezvous, interface, join_timeout)
-    commands.run(recipe, overrides or [], run_dir, where, max_restarts=max_restarts)
+    run_command.run(recipe, overrides or [], run_dir, where, max_restarts=max_restarts)
 
 
 @app.command()

@@ -18,9 +18,9 @@ HERE = Path(__file__).parent
 DRIVER = """
 import functools
 from elastic_worker import RUNNERS
-from tenko.launch import cli, commands, worker
+from tenko.launch import cli, run_command, worker
 worker.run_stages = functools.partial(worker.run_stages, runners=RUNNERS)
-commands.run_workers = functools.partial(commands.run_workers, module="elastic_worker")
+run_command.run_workers = functools.partial(run_command.run_workers, module="elastic_worker")
 cli.main()
 """
 UPDATES = 20

@@ -72,8 +72,8 @@ if __name__ == "__main__":
 """
 DRIVER = """
 import functools
-from tenko.launch import cli, commands
-commands.run_workers = functools.partial(commands.run_workers, module="fake_worker")
+from tenko.launch import cli, run_command
+run_command.run_workers = functools.partial(run_command.run_workers, module="fake_worker")
 cli.main()
 """
 
