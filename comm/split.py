@@ -25,38 +25,22 @@ def assign(
         Routes by name; "" for a parameter that only its gradient's sparsity can decide, while that is not known.
 
     Raises:
-        ValueError: a rule matches no parameter, or a parameter is taken by none or by two; the message names it.
+        ValueError: a rule matches no parameter, or a parameter is taken by none or by two of them, at some sparsity if
+            that is not known; the message names it.
     """
     routes: dict[str, str] = {}
     used: set[int] = set()
     for name, shape in shapes.items():
         likely = [i for i, rule in enumerate(rules) if _takes(rule, name, shape)]
         used.update(likely)
-        if sparsity is None and any(rules[i].measured for i in likely):
-            certain = [i for i in likely if not rules[i].measured]
-            if len(certain) > 1:
-                raise ValueError(_two(name, certain, rules))
-            if certain and rules[certain[0]].route == "server":
-                which = " and ".join(f"split[{i}] ({rules[i].route})" for i in likely)
-                raise ValueError(
-                    f"split: the first gradient of {name} is to decide between {which}, but what the server takes "
-                    "must be known before it: narrow one of them with exclude"
-                )
-            routes[name] = ""
-            continue
-        taken = [i for i in likely if sparsity is None or _holds(rules[i], sparsity.get(name, 0.0))]
-        if len(taken) > 1:
-            raise ValueError(_two(name, taken, rules))
-        if not taken:
-            measured = "" if sparsity is None else f", row sparsity {sparsity.get(name, 0.0):.2f}"
-            raise ValueError(
-                f"split: no rule takes {name} ({shape.numel()} elements, {len(shape)} dimensions{measured}); add one, "
-                "for instance {route: all_reduce, exclude: [...]}"
-            )
-        rule = rules[taken[0]]
-        if rule.route == "rows" and len(shape) < 2:
-            raise ValueError(f"split[{taken[0]}]: route rows takes matrices, {name} is a vector; add min_dims: 2")
-        routes[name] = rule.route
+        if len(shape) < 2:
+            possible_shares = [0.0]
+        elif sparsity is not None:
+            possible_shares = [sparsity.get(name, 0.0)]
+        else:
+            possible_shares = _changes([rules[i] for i in likely])
+        found = {_the_one(rules, likely, name, shape, share).route for share in possible_shares}
+        routes[name] = found.pop() if len(found) == 1 else ""
     for i, rule in enumerate(rules):
         if i not in used:
             near = ", ".join(list(shapes)[:3])
@@ -100,6 +84,35 @@ def _holds(rule: SplitRule, sparsity: float) -> bool:
     return rule.min_sparsity <= sparsity and (rule.max_sparsity == 1 or sparsity < rule.max_sparsity)
 
 
-def _two(name: str, taken: Sequence[int], rules: Sequence[SplitRule]) -> str:
-    which = " and ".join(f"split[{i}] ({rules[i].route})" for i in taken)
-    return f"split: {name} is taken by {which}; a parameter has one route: narrow one of them with exclude"
+def _changes(rules: Sequence[SplitRule]) -> list[float]:
+    """Shares of zero rows, one of each range in which the same rules hold."""
+    return sorted({0.0, 1.0, *(rule.min_sparsity for rule in rules), *(rule.max_sparsity for rule in rules)})
+
+
+def _the_one(
+    rules: Sequence[SplitRule], likely: Sequence[int], name: str, shape: torch.Size, share: float
+) -> SplitRule:
+    """The rule that takes a parameter whose gradient has this share of zero rows.
+
+    Args:
+        likely: those that take it by all else.
+    """
+    taken = [i for i in likely if _holds(rules[i], share)]
+    measured = (
+        f" where {share:.2f} of its first gradient's rows are zero" if any(rules[i].measured for i in likely) else ""
+    )
+    if len(taken) > 1:
+        which = " and ".join(f"split[{i}] ({rules[i].route})" for i in taken)
+        raise ValueError(
+            f"split: {name} is taken by {which}{measured}; a parameter has one route: narrow one of them with exclude"
+            + (", or by sparsity" if measured else "")
+        )
+    if not taken:
+        raise ValueError(
+            f"split: no rule takes {name} ({shape.numel()} elements, {len(shape)} dimensions){measured}; add one, for "
+            "instance {route: all_reduce, exclude: [...]}"
+        )
+    rule = rules[taken[0]]
+    if rule.route == "rows" and len(shape) < 2:
+        raise ValueError(f"split[{taken[0]}]: route rows takes matrices, {name} is a vector; add min_dims: 2")
+    return rule

@@ -60,17 +60,33 @@ def test_sparsity_decides_once_it_is_known() -> None:
     assert before == {"embed.weight": "", "fc.weight": "", "fc.bias": "fp32", "scale": "fp32"}
     after = assign(rules, SHAPES, {"embed.weight": 0.5, "fc.weight": 0.1})
     assert (after["embed.weight"], after["fc.weight"]) == ("rows", "all_reduce")
-    with pytest.raises(ValueError, match=r"no rule takes fc\.weight \(1024 elements, 2 dimensions, row sparsity 0\.10"):
-        assign([rules[0], rules[2]], SHAPES, {"embed.weight": 0.5, "fc.weight": 0.1})
 
 
-def test_sparsity_cannot_decide_on_what_the_server_may_have() -> None:
-    rules = [SplitRule(route="rows", match=("embed*",), min_sparsity=0.5), SplitRule(route="server")]
-    line = (
-        r"split: the first gradient of embed\.weight is to decide between split\[0\] \(rows\) and split\[1\] \(server\)"
-    )
+@pytest.mark.parametrize(
+    ("rules", "line"),
+    [
+        (
+            [SplitRule(route="rows", match=("embed*",), min_sparsity=0.5), SplitRule(route="server")],
+            r"split: embed\.weight is taken by split\[0\] \(rows\) and split\[1\] \(server\) where 0\.50 of its first",
+        ),
+        (
+            [SplitRule(route="rows", min_dims=2, min_sparsity=0.5), SplitRule(route="fp32", max_dims=1)],
+            r"split: no rule takes embed\.weight \(16000 elements, 2 dimensions\) where 0\.00 of its first",
+        ),
+        (
+            [SplitRule(route="all_reduce", max_sparsity=0.5), SplitRule(route="rows", min_dims=2, min_sparsity=0.6)],
+            r"split: no rule takes embed\.weight \(16000 elements, 2 dimensions\) where 0\.50 of",
+        ),
+    ],
+)
+def test_rules_that_fail_at_some_sparsity_are_refused_before_it_is_known(rules: list[SplitRule], line: str) -> None:
     with pytest.raises(ValueError, match=f"^{line}"):
         assign(rules, SHAPES)
+
+
+def test_a_vector_has_no_rows_that_could_be_zero() -> None:
+    rules = [SplitRule(route="rows", min_sparsity=0.5), SplitRule(route="all_reduce", max_sparsity=0.5)]
+    assert assign(rules, SHAPES)["fc.bias"] == "all_reduce"
 
 
 def test_row_sparsity_counts_rows() -> None:
