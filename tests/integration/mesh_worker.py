@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from tenko.comm import mesh as mesh_module
+from tenko.comm import mesh_setup
 from tenko.comm.mesh import Mesh
 
 RANK = int(os.environ["RANK"])
@@ -151,17 +152,17 @@ def takes_what_comes_early(_: Mesh) -> None:
 
 def turns_strangers_away(_: Mesh) -> None:
     """A connection without the token is closed, and the ranks still find each other."""
-    call = Mesh._call
+    call = mesh_setup._call
 
-    def knock(self: Mesh, peer: int, card: dict[str, str], token: bytes) -> socket.socket:
-        with socket.create_connection((card["host"], int(card["port"]))) as stranger:
+    def knock(rank: int, peer: int, card: mesh_setup._Card, token: bytes) -> socket.socket:
+        with socket.create_connection((card.host, card.port)) as stranger:
             stranger.sendall(b"\0" * 20)
             assert stranger.recv(1) == b"", "closed"
-        return call(self, peer, card, token)
+        return call(rank, peer, card, token)
 
-    mesh_module.Mesh._call = knock  # type: ignore[method-assign]
+    mesh_setup._call = knock
     again = Mesh(None)
-    mesh_module.Mesh._call = call  # type: ignore[method-assign]
+    mesh_setup._call = call
     delivers(again)
     again.close()
 
