@@ -138,7 +138,7 @@ def _facts(result: dict[str, Any]) -> str:
     if result.get("precision"):
         facts.append(str(result["precision"]))
     if isinstance(result.get("valid_bleu"), int | float):
-        facts.append(f"best validation BLEU {result['valid_bleu']:.2f}")
+        facts.append(f"validation BLEU {result['valid_bleu']:.2f} at its best")
     if isinstance(result.get("threads"), int):
         facts.append(f"{result['threads']} threads for tokens/s" if result["threads"] > 1 else "tokens/s of one thread")
     return ", ".join(facts)

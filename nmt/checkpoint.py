@@ -5,7 +5,7 @@ checkpoints/update-00000500/
     state.pt              optimizer, loss scaler, counters (torch.load with weights_only=True)
     rank-0.pt ...         what differs between ranks: the communication route's state
     checksums.json        SHA-256 of each file, written last
-checkpoints/best/         the same layout, weights only, of the best validation BLEU
+checkpoints/best/         the same layout, weights only, of the best validation
 
 `save` writes one at once, with barriers between the ranks; `saver.py` in the background, without.
 """

@@ -203,13 +203,16 @@ class TrainConfig:
     save_interval: int = 500
     """Updates between checkpoints."""
     keep_last: int = 3
-    """Checkpoints kept; the best by BLEU is kept beside them."""
+    """Checkpoints kept; the best by `best_by` is kept beside them."""
     keep_updates: tuple[int, ...] = ()
     """Updates whose checkpoints are kept for good, 0 for the initial weights: a lottery rewinds to one of them."""
     average_last: int = 1
-    """The artefact averages the weights of this many last checkpoints; 1 takes the best by validation BLEU."""
+    """The artefact averages the weights of this many last checkpoints; 1 takes the best by `best_by`."""
+    best_by: Literal["bleu", "perplexity"] = "bleu"
+    """Which validation is the best: by BLEU of `valid_sentences`, or by perplexity of the whole set, which
+    is steadier where those are few."""
     patience: int = 0
-    """Stop after this many validations without a better BLEU; 0 never stops early."""
+    """Stop after this many validations without a better one; 0 never stops early."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Where figures go beside metrics.jsonl; `pip install tenko[trackers]` brings TensorBoard, `tenko[wandb]` W&B."""
     profile: ProfileConfig = field(default_factory=ProfileConfig)

@@ -50,9 +50,9 @@ class Best:
     bleu: float = -1.0
     update: int = 0
     since: int = 0
-    """Validations without a better BLEU."""
+    """Validations without a better BLEU, or perplexity."""
     nll: float = math.inf
-    """Breaks ties, for instance while BLEU is still 0."""
+    """Breaks ties of BLEU, for instance while that is still 0."""
 
 
 class Trainer:
@@ -325,8 +325,12 @@ class Trainer:
         self.wrapped.eval()
         result = validate()
         self.wrapped.train()
-        since = 0 if result.bleu > self.best.bleu else self.best.since + 1
-        better = (result.bleu, -result.nll) > (self.best.bleu, -self.best.nll)
+        if self.config.best_by == "perplexity":
+            better = improved = result.nll < self.best.nll
+        else:
+            improved = result.bleu > self.best.bleu
+            better = (result.bleu, -result.nll) > (self.best.bleu, -self.best.nll)
+        since = 0 if improved else self.best.since + 1
         if better:
             self.best = Best(result.bleu, self.updates, since, result.nll)
         else:
@@ -364,7 +368,8 @@ class Trainer:
         config, now = self.config, self.updates
         contents: list[Content] = []
         if best:
-            state = {"update": now, "bleu": self.best.bleu, **trainer_state.techniques_state(self)}
+            figures = {"bleu": self.best.bleu, "nll": self.best.nll}
+            state = {"update": now, **figures, **trainer_state.techniques_state(self)}
             contents.append(Content(target=self.checkpoints / "best", model_state=self.parameters, state=state))
         if update:
             contents.append(

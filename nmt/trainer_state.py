@@ -9,6 +9,7 @@ they cannot be (DeepSpeed's), that is an error, never a silent loss.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -164,7 +165,7 @@ def final_weights(
 ) -> tuple[dict[str, Tensor], str]:
     """The weights that a finished training comes to, and in words which; techniques go back to where these were.
 
-    They are the average of the last checkpoints, or the best by validation BLEU, as `config` says. Checkpoints that
+    They are the average of the last checkpoints, or those of the best validation, as `config` says. Checkpoints that
     were made on notice, or kept for a rewind, do not count: a run that was stopped and went on ends as one that was
     not, and a ticket as the dense model. Where the best are lost, the checkpoint of their update stands in for them, or
     else the newest one. Called on every rank, rank 0 looks.
@@ -189,7 +190,11 @@ def final_weights(
         weights, state, _ = checkpoint.load(checkpoints / name, check=False)
         load_techniques(techniques, state)
         if damage is None:
-            return weights, f"best validation BLEU {state['bleu']:.2f} at update {state['update']}"
+            if config.best_by == "perplexity":
+                best_is = f"best validation perplexity {math.exp(min(state['nll'], 100)):.2f}, BLEU {state['bleu']:.2f}"
+            else:
+                best_is = f"best validation BLEU {state['bleu']:.2f}"
+            return weights, f"{best_is} at update {state['update']}"
         which = f"weights of {'the best ' if state['update'] == best else ''}update {state['update']}"
         if distributed.rank() == 0:
             logger.warning("%s; takes the %s", damage, which)

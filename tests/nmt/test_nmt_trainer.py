@@ -22,6 +22,8 @@ from tenko.nmt.corpus import Corpus
 from tenko.nmt.fairseq_bridge import ModelWithLoss
 from tenko.nmt.schedule import learning_rate
 from tenko.nmt.trainer import Trainer
+from tenko.nmt.trainer_state import final_weights
+from tenko.nmt.validate import Validation
 
 
 def updates(trainer: Trainer, count: int) -> None:
@@ -331,7 +333,7 @@ def test_best_by_bleu_is_kept_and_patience_stops(small_corpus: Corpus, tmp_path:
     assert trainer.updates == 8
     assert [line["best_bleu"] for line in lines if line["kind"] == "valid"] == [1.0, 3.0, 3.0, 3.0]
     tensors, state, _ = checkpoint.load(tmp_path / "best")
-    assert state == {"update": 4, "bleu": 3.0}
+    assert state == {"update": 4, "bleu": 3.0, "nll": 1.0}
     assert torch.equal(tensors[name], seen[4])
     assert not torch.equal(tensors[name], seen[8])
     assert checkpoint.list_updates(tmp_path) == [8], "the end is saved"
@@ -339,6 +341,18 @@ def test_best_by_bleu_is_kept_and_patience_stops(small_corpus: Corpus, tmp_path:
     assert again.resume()
     again.run(validate=validations())
     assert again.updates == 8, "a resumed run stays stopped"
+
+
+def test_best_by_perplexity_whatever_bleu_says(small_corpus: Corpus, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"valid_interval": 2, "save_interval": 100, "patience": 2, "max_update": 50}
+    trainer = toy_trainer(small_corpus, tmp_path, best_by="perplexity", **settings)
+    found = iter([(3.0, 9.0), (2.0, 1.0), (2.5, 5.0), (2.0, 7.0)])
+    trainer.run(validate=lambda: Validation(*next(found), signature="none"), on_metrics=lambda line: None)
+    assert trainer.updates == 8, "two validations without a better perplexity"
+    weights, which = final_weights(tmp_path, trainer.config, trainer.updates, best=trainer.best.update)
+    assert which == "best validation perplexity 7.39, BLEU 1.00 at update 4"
+    best, _, _ = checkpoint.load(tmp_path / "best")
+    assert all(torch.equal(tensor, best[name]) for name, tensor in weights.items())
 
 
 def test_the_last_checkpoints_are_kept_and_their_mean_is_of_the_files(small_corpus: Corpus, tmp_path: Path) -> None:
