@@ -47,7 +47,7 @@ class Trained:
     """In updates; validations and checkpoints left out."""
     precision: str
     valid_bleu: float
-    """The best of its validations."""
+    """Of the best of its validations."""
     wire: dict[str, int] | None
     """Bytes this rank sent, and would have sent in fp32; None in a single process."""
 

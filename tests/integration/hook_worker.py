@@ -151,12 +151,8 @@ def bounds(_: Path) -> None:
         route.close()
 
 
-def overflow(_: Path) -> None:
-    """An inf in one element on one rank makes the loss scaler skip the update on all ranks; the next one is taken."""
-    route = QuantizedAllReduce(bits=3, clip=3.0)
-    model = wrapped(route)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    scaler = torch.amp.GradScaler(DEVICE.type, init_scale=1024.0)
+def poisoned(model: DistributedDataParallel) -> dict[str, bool]:
+    """While its `on` is set, the last rank's gradient of a weight has an inf in it."""
     poison = {"on": False}
 
     def spoil(gradient: Tensor) -> Tensor:
@@ -166,6 +162,16 @@ def overflow(_: Path) -> None:
         return gradient
 
     model.module.layers[2].weight.register_hook(spoil)
+    return poison
+
+
+def overflow(_: Path) -> None:
+    """An inf in one element on one rank makes the loss scaler skip the update on all ranks; the next one is taken."""
+    route = QuantizedAllReduce(bits=3, clip=3.0)
+    model = wrapped(route)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    scaler = torch.amp.GradScaler(DEVICE.type, init_scale=1024.0)
+    poison = poisoned(model)
     for step in range(4):
         poison["on"] = step == 2
         before, scale = flat(model).clone(), scaler.get_scale()

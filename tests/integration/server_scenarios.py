@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from hook_worker import DEVICE, assert_ranks_agree, flat, loss_of, wrapped
+from hook_worker import DEVICE, assert_ranks_agree, flat, loss_of, poisoned, wrapped
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -93,15 +93,7 @@ def server_overflow(_: Path) -> None:
         model = wrapped(route)
         optimizer = route.optimizer(model.named_parameters(), lr=1e-2)
         scaler = torch.amp.GradScaler(DEVICE.type, init_scale=1024.0)
-        poison = {"on": False}
-
-        def spoil(gradient: Tensor, poison: dict[str, bool] = poison) -> Tensor:
-            if poison["on"] and dist.get_rank() == dist.get_world_size() - 1:
-                gradient = gradient.clone()
-                gradient.view(-1)[5] = float("inf")
-            return gradient
-
-        model.module.layers[2].weight.register_hook(spoil)
+        poison = poisoned(model)
         for step in range(4):
             poison["on"] = step == 2
             before, scale = flat(model).clone(), scaler.get_scale()
