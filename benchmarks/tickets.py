@@ -3,6 +3,7 @@
     for seed in 1 2 3; do tenko run lottery seed=$seed --run-dir runs/lottery-$seed; done
     python benchmarks/tickets.py runs/lottery-1 runs/lottery-2 runs/lottery-3
     python benchmarks/tickets.py runs/lottery-1 runs/rewound-to-0 --out /tmp --name rewinding
+    python benchmarks/tickets.py runs/lottery-4 --earlier docs/results/tickets.json     # other seeds, measured before
 
 Runs no training. A run directory may hold several lottery stages; of one that is not finished the rounds that are
 count. Equal ones of several runs (seeds) become one line of the plot, its mean with a band from the lowest to the
@@ -18,7 +19,7 @@ import json
 import statistics
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,22 @@ def judge(
     return rows
 
 
+def read_earlier(path: Path) -> dict[str, Any]:
+    """What an earlier call of this program wrote as .json, and its `sources`: command and commit of all its rows.
+
+    Raises:
+        ValueError: it is no such file.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        document["sources"] = [*document.get("earlier", []), {key: document[key] for key in ("command", "commit")}]
+        for row in document["rows"]:
+            _ = [row[field.name] for field in fields(Measured) if field.name != "hypotheses"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not a table of benchmarks/tickets.py ({type(error).__name__}: {error})") from None
+    return document
+
+
 def _row(entry: Measured) -> dict[str, Any]:
     return {
         "run": entry.run,
@@ -138,8 +155,15 @@ def _difference(difference: Difference) -> dict[str, float]:
     return {"delta": difference.delta, "p": difference.p}
 
 
-def markdown(rows: Sequence[dict[str, Any]], command: str, commit: str, sentences: int, name: str) -> str:
-    """The tables: each series by weights left, and the controls against the tickets."""
+def markdown(rows: Sequence[dict[str, Any]], sources: Sequence[dict[str, str]], sentences: int, name: str) -> str:
+    """The tables: each series by weights left, and the controls against the tickets.
+
+    Args:
+        rows: of `judge`.
+        sources: command and commit by which rows came, the newest last.
+        sentences: in the test set.
+        name: of the plot's file, without its ending.
+    """
     dense = [row for row in rows if row["series"] == "dense"]
     seeds = sorted({row["seed"] for row in rows})
     names = list(dict.fromkeys(row["series"] for row in rows if row["series"] != "dense"))
@@ -159,7 +183,8 @@ def markdown(rows: Sequence[dict[str, Any]], command: str, commit: str, sentence
     lines = [
         "# Lottery tickets: BLEU by the weights left",
         "",
-        f"`{command}`, commit {commit}. Seeds {' '.join(map(str, seeds))}; means over seeds. Dense: "
+        f"{'; '.join('`{command}`, commit {commit}'.format_map(source) for source in sources)}. "
+        f"Seeds {' '.join(map(str, seeds))}; means over seeds, of as many as have a p. Dense: "
         f"{statistics.mean(row['bleu'] for row in dense):.2f} BLEU, "
         f"{statistics.mean(row['bytes'] for row in dense):,.0f} bytes. BLEU is of {sentences} test sentences, by the "
         "artefact read back from disk; bytes are of its file; p is of sacrebleu's paired bootstrap (1,000 resamples), "
@@ -191,16 +216,15 @@ def markdown(rows: Sequence[dict[str, Any]], command: str, commit: str, sentence
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    """Read the runs, compare, write table and plot."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, nargs="+", help="run directories with lotteries")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of tickets.json, .md and .png")
-    parser.add_argument("--name", default="tickets", help="of these files, in place of tickets")
-    args = parser.parse_args()
+def report(args: argparse.Namespace) -> None:
+    """Read the runs, compare, write table and plot.
+
+    Raises:
+        ValueError: a run or an earlier table can't be read, or they don't belong together.
+    """
     runs = [read_run(path) for path in args.runs]
     if any(references != runs[0][1] for _, references in runs):
-        raise SystemExit("error: these runs have different test sets, whose BLEU can't be compared")
+        raise ValueError("these runs have different test sets, whose BLEU can't be compared")
     tickets: dict[tuple[int, float], Measured] = {}
     for measured, _ in runs:
         for entry in measured:
@@ -208,16 +232,38 @@ def main() -> None:
                 tickets.setdefault((entry.seed, entry.fraction), entry)
     rows = [row for measured, references in runs for row in judge(measured, references, tickets)]
     sentences = len(runs[0][1])
+    before = read_earlier(args.earlier) if args.earlier else {"sentences": sentences, "rows": [], "sources": []}
+    if again := {row["seed"] for row in rows} & {row["seed"] for row in before["rows"]}:
+        raise ValueError(f"{args.earlier}: has seeds {sorted(again)} too, which only runs put side by side can compare")
+    if before["sentences"] != sentences:
+        raise ValueError(f"{args.earlier}: its test set has {before['sentences']} sentences, these have {sentences}")
+    rows = [*before["rows"], *rows]
     named = [] if args.name == "tickets" else ["--name", args.name]
     command = " ".join(["python benchmarks/tickets.py", *map(str, args.runs), *named])
+    command += f" --earlier {args.earlier}" if args.earlier else ""
     commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip()
     args.out.mkdir(parents=True, exist_ok=True)
-    document = {"command": command, "commit": commit, "sentences": sentences, "rows": rows}
+    document = {"command": command, "commit": commit, "earlier": before["sources"], "sentences": sentences}
+    document["rows"] = rows
     (args.out / f"{args.name}.json").write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
-    text = markdown(rows, command, commit, sentences, args.name)
+    text = markdown(rows, [*before["sources"], {"command": command, "commit": commit}], sentences, args.name)
     (args.out / f"{args.name}.md").write_text(text)
     (args.out / f"{args.name}.png").write_bytes(png(lambda: tickets_figure(_series(rows), _dense(rows))))
     print(text)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", help="run directories with lotteries")
+    parser.add_argument("--earlier", type=Path, help="a .json of this program, with seeds whose runs need not be there")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of tickets.json, .md and .png")
+    parser.add_argument("--name", default="tickets", help="of these files, in place of tickets")
+    args = parser.parse_args()
+    try:
+        report(args)
+    except ValueError as error:
+        parser.exit(2, f"error: {error}\n")
 
 
 def _series(rows: Sequence[dict[str, Any]]) -> list[Series]:
