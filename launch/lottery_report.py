@@ -14,8 +14,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, NullLocator
 
-from .files import write_bytes_atomic, write_text_atomic
+from tenko.compression.config import LotteryConfig
+
+from .files import read_json, write_bytes_atomic, write_text_atomic
 from .plots import to_svg
+from .rundir import RESULT
 
 ROW = (
     "round",
@@ -52,6 +55,25 @@ class Series:
     def of_rows(cls, label: str, rows: Rows) -> Series:
         """The rounds of one run, without the dense model."""
         return cls(label, {row["fraction_remaining"]: [row["bleu"]] for row in rows if row["round"]})
+
+
+def finished_rows(dense: Path, folder: Path, config: LotteryConfig) -> list[dict[str, Any]]:
+    """What the rounds of a lottery that are finished came to, the dense model as round 0 first.
+
+    Args:
+        dense: folder of the finished training before the lottery.
+        folder: the lottery's own.
+        config: its settings.
+
+    Raises:
+        ValueError: a result.json is damaged.
+    """
+    from tenko.compression import lottery  # torch, more than a second to import
+
+    results = [{**read_json(dense / RESULT), "round": 0, "fraction_remaining": 1.0}]
+    files = [folder / this.folder / RESULT for this in lottery.rounds(config)]
+    results += [read_json(file) for file in files if file.is_file()]
+    return [{key: result.get(key) for key in ROW} for result in results]
 
 
 def tickets_table(rows: Rows) -> list[list[str]]:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from tenko.compression.config import LotteryConfig
+
+from .errors import one_line
 from .files import write_text_atomic
 from .metrics import read_metrics
 from .recipe import StageSpec, dump
 from .rundir import METRICS, REPORT, RunDirectory
 from .summary import COLUMNS, stage_rows
+
+logger = logging.getLogger(__name__)
 
 SAMPLES = 20
 """Sample translations shown of a stage."""
@@ -24,9 +30,10 @@ th { text-align: left; font-weight: 600; } .figures td + td, .figures th + th { 
 .figures td { font-variant-numeric: tabular-nums; white-space: nowrap; }
 .wide { overflow-x: auto; } .samples { width: 100%; }
 .samples td { vertical-align: top; width: 33%; overflow-wrap: anywhere; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(30rem, 100%), 1fr)); gap: 1.5rem; }
+.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(30rem, 100%), 1fr)); gap: 1.5rem; }
+.plots { margin-top: 1.5rem; } code { overflow-wrap: anywhere; } .quiet { opacity: .7; }
 figure { margin: 0; } figcaption { font-weight: 600; } svg { width: 100%; height: auto; }
-pre { background: var(--soft); padding: 1rem; overflow-x: auto; } .quiet { opacity: .7; }
+pre { background: var(--soft); padding: 1rem; overflow-x: auto; }
 """
 
 
@@ -48,8 +55,9 @@ def write_report(run: RunDirectory) -> Path:
         result = run.result(index)
         if result is not None:
             rows.append((spec, result))
-            if result.get("rounds"):
-                lotteries[spec.name] = result["rounds"]
+        rounds = _rounds(run, index, result)
+        if len(rounds) > 1:  # the first is the dense model
+            lotteries[spec.name] = rounds
         if not directory.is_dir():
             sections.append(f"<h2>{escape(spec.name)}</h2><p class=quiet>Not begun.</p>")
             continue
@@ -61,6 +69,20 @@ def write_report(run: RunDirectory) -> Path:
     path = run.path / REPORT
     write_text_atomic(path, _page(run.recipe.name, run, _table(rows) + "".join(sections)))
     return path
+
+
+def write_report_or_warn(run: RunDirectory) -> None:
+    """`write_report`, in the course of a run, which a report that can't be drawn does not end.
+
+    Raises:
+        OSError: a full disk will fail the next stage as well, so it is said now.
+    """
+    try:
+        write_report(run)
+    except OSError:
+        raise
+    except Exception as error:
+        logger.warning("could not write %s: %s: %s", run.path / REPORT, type(error).__name__, one_line(error))
 
 
 def _page(title: str, run: RunDirectory, body: str) -> str:
@@ -97,12 +119,24 @@ def _table(rows: list[tuple[StageSpec, dict[str, Any]]]) -> str:
     return f"{table}<p class=quiet>{'; '.join(notes)}.</p>"
 
 
+def _rounds(run: RunDirectory, index: int, result: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The rounds of a stage that is a lottery, finished or not; of another none."""
+    config = run.recipe.stages[index].config
+    if result is not None or not isinstance(config, LotteryConfig) or not run.is_finished(run.training_before(index)):
+        return (result or {}).get("rounds") or []
+    from .lottery_report import finished_rows  # matplotlib, a second to import
+
+    return finished_rows(run.stage_directory(run.training_before(index)), run.stage_directory(index), config)
+
+
 def _stage(spec: StageSpec, directory: Path, result: dict[str, Any] | None, lotteries: dict[str, Any]) -> str:
     parts = [f"<h2>{escape(spec.name)}</h2>"]
     entries = read_metrics(directory / METRICS)
     if result is None:
         updates = [entry["update"] for entry in entries if isinstance(entry.get("update"), int)]
         reached = f"; the last line of metrics is of update {max(updates):,}" if updates else ""
+        if spec.name in lotteries and isinstance(spec.config, LotteryConfig):
+            reached = f"; {len(lotteries[spec.name]) - 1} of {len(spec.config.prunings)} rounds are"
         parts.append(f"<p class=quiet>Not finished{reached}.</p>")
     elif facts := _facts(result):
         parts.append(f"<p>{escape(facts)}.</p>")

@@ -24,6 +24,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from tenko.nmt.config import TrainConfig
+
 from .files import read_json, read_text, write_text_atomic
 from .recipe import Recipe, StageSpec, config_to_dict, dump, dump_plain, loads, to_dict
 from .settings import join
@@ -148,6 +150,10 @@ class RunDirectory:
         if not isinstance(result, dict):
             raise ValueError(f"{self.stage_directory(index) / RESULT}: damaged: not an object")
         return result
+
+    def training_before(self, index: int) -> int:
+        """Index of the last stage train before the stage of that index, whose model a lottery prunes."""
+        return max(i for i, spec in enumerate(self.recipe.stages[:index]) if isinstance(spec.config, TrainConfig))
 
     def find_stage(self, name: str | None, *, exported: bool = True) -> Path:
         """Folder of a finished stage; the last finished one that tenko can translate with when `name` is None, with

@@ -33,6 +33,7 @@ from tenko.nmt.trainer import Trainer
 from tenko.nmt.trainer_state import load_weights
 
 from .files import read_json, write_json_atomic
+from .report import write_report_or_warn
 from .rundir import ARTEFACT, CHECKPOINTS, RESULT, RunDirectory, StageContext
 from .stage_results import HYPOTHESES, write_and_measure
 from .stage_tools import check_patterns, open_corpus, read_model, start
@@ -61,6 +62,8 @@ def run_lottery(context: StageContext) -> None:
             context.reporter.log(f"{context.stage.name}: {this.folder} finished before, left alone")
         else:
             _run_round(stage, this, masks, trained, accelerator, corpus)
+            if distributed.rank() == 0 and this.number < len(config.prunings):  # the stage's end writes the last one
+                write_report_or_warn(RunDirectory(context.run_dir, context.recipe))
         trained = folder
     if distributed.rank() == 0:
         _finish(stage, trained, started)
@@ -88,7 +91,7 @@ class _Stage:
         config = context.stage.config
         assert isinstance(config, LotteryConfig)
         own = stages.index(context.stage)
-        train = max(i for i, spec in enumerate(stages[:own]) if isinstance(spec.config, TrainConfig))
+        train = run.training_before(own)
         training = stages[train].config
         assert isinstance(training, TrainConfig)
         kept = (config.rewind_to,) if config.control == "stabilised" else ()
@@ -241,11 +244,9 @@ def _finish(stage: _Stage, last: Path, started: float) -> None:
     shutil.rmtree(context.artefact, ignore_errors=True)
     beside.rename(context.artefact)
     shutil.copyfile(last / HYPOTHESES, context.directory / HYPOTHESES)
-    results = [read_json(context.directory / this.folder / RESULT) for this in lottery.rounds(stage.config)]
-    dense = {**read_json(stage.dense / RESULT), "round": 0, "fraction_remaining": 1.0}
-    from .lottery_report import ROW, write_plots  # draws: a training needs no matplotlib
+    from .lottery_report import finished_rows, write_plots  # draws: a training needs no matplotlib
 
-    rows = [{key: result.get(key) for key in ROW} for result in [dense, *results]]
+    rows = finished_rows(stage.dense, context.directory, stage.config)
     write_plots(context.directory, {context.stage.name: rows})
     seconds = round(time.monotonic() - started, 3)
-    write_json_atomic(context.result_path, {**results[-1], "seconds": seconds, "rounds": rows})
+    write_json_atomic(context.result_path, {**read_json(last / RESULT), "seconds": seconds, "rounds": rows})

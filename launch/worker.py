@@ -42,7 +42,8 @@ from .job import Job
 from .peers import PeersWatchdog
 from .progress import Reporter, ReporterHandler
 from .recipe import load
-from .rundir import LOGS, REPORT, RunDirectory, RunLock, StageContext
+from .report import write_report_or_warn
+from .rundir import LOGS, RunDirectory, RunLock, StageContext
 from .spawn import PARENT, adopt_parent, end_with_parent, limit_threads, raise_on_signals
 from .streams import open_closed
 from .world import World
@@ -213,21 +214,9 @@ def run_stages(run: RunDirectory, *, job: Job, first: int, resume: bool, runners
                 reporter.finish()
                 if rank == 0:
                     assert run.is_finished(index), f"{spec.kind} returned without a result.json"
-                    write_reports(run)
+                    write_report_or_warn(run)
     finally:
         package.removeHandler(handler)
-
-
-def write_reports(run: RunDirectory) -> None:
-    """Write report.html of the run and of each stage that has begun; a report that fails never fails the run."""
-    try:
-        from .report import write_report
-
-        write_report(run)
-    except OSError:
-        raise  # a full disk will fail the next stage as well: say so now
-    except Exception as error:
-        logger.warning("could not write %s: %s: %s", run.path / REPORT, type(error).__name__, one_line(error))
 
 
 def _leave_group() -> None:

@@ -183,6 +183,11 @@ def test_cut_and_resumed_equals_uncut_and_finished_rounds_are_left_alone(whole: 
     content = yaml.safe_load(config.read_text())
     content["stages"].pop()
     config.write_text(yaml.safe_dump(content, sort_keys=False))
+    assert tenko("report", cut).code == 0
+    page = (cut / "report.html").read_text()
+    assert "Not finished; 1 of 2 rounds are." in page
+    assert "<td>70.0%</td>" in page
+    assert "<td>49.0%</td>" not in page
     done = run(config, cut)
     assert any("round-01 finished before, left alone" in line for line in [*done.errors, *done.out.splitlines()])
     assert {p: p.stat().st_mtime_ns for p in (stage / "round-01").rglob("*") if p.is_file()} == untouched

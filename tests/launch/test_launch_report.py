@@ -96,6 +96,28 @@ def test_a_finished_stage_is_in_the_table_and_nothing_is_fetched(run: RunDirecto
     assert "@import" not in page
 
 
+def test_a_lottery_shows_the_rounds_that_are_finished(tmp_path: Path) -> None:
+    with RunLock(tmp_path / "r"):
+        run = RunDirectory.create(tmp_path / "r", load("lottery"))
+    page = write_report(run).read_text()
+    assert "BLEU against the weights left" not in page
+    for name in ("1-train", "2-lottery/round-01", "2-lottery/round-02", "2-lottery/round-03"):
+        (run.path / name).mkdir(parents=True)
+    write_json_atomic(run.path / "1-train" / RESULT, RESULT_TRAIN)
+    for number, bleu in ((1, 14.75), (2, 15.5)):
+        row = {"round": number, "fraction_remaining": 0.8**number, "artefact_bytes": 3_700_000}
+        write_json_atomic(run.path / f"2-lottery/round-0{number}" / RESULT, {**RESULT_TRAIN, **row, "bleu": bleu})
+    page = write_report(run).read_text()
+    assert "Not finished; 2 of 7 rounds are." in page
+    cells = ("dense", "100.0%", "14.25", "80.0%", "14.75", "64.0%", "15.50", "x2.00")
+    assert all(f"<td>{cell}</td>" in page for cell in cells)
+    assert page.count("BLEU against the weights left") == 1
+    assert page.count("<tr>") == 2 + 4 + 2, "the stages' table, the rounds', one sample"
+    (run.path / "2-lottery/round-02" / RESULT).write_text("{")
+    with pytest.raises(ValueError, match=r"round-02/result\.json:1: damaged"):
+        write_report(run)
+
+
 def test_reports_are_deterministic(run: RunDirectory) -> None:
     assert write_report(run).read_bytes() == write_report(run).read_bytes()
 
