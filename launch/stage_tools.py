@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import filecmp
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,9 @@ from .trackers import check as check_trackers
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+# torch 2.13's new name for it does what is not wanted (sends buffers at the start), and accelerate doesn't know it yet.
+warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
 
 ONE_BUCKET = 1 << 20
 """Size in MB of a DDP bucket that holds any model: its exchange begins when backward has ended."""
