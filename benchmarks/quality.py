@@ -1,6 +1,6 @@
 """What do thin wires cost in BLEU? The same recipe by several routes, several seeds each.
 
-    python benchmarks/quality.py                     # recipes/scratch.yaml, seeds 1 2 3, four routes: twelve runs
+    python benchmarks/quality.py                     # recipes/scratch.yaml, seeds 1 2 3, all routes
     python benchmarks/quality.py --set train.max_update=500 --seeds 1 2 --routes fp32 server
 
 Runs go to --runs; what is finished there is not done again. With --json, figures of earlier calls are read from that
@@ -29,12 +29,14 @@ SPLIT = (
 ROUTES = {
     "fp32": ["comm.route=fp32"],
     "3/4 bits": [],
+    "3/4 bits, nearest": ["comm.rounding=nearest"],
     "server": ["comm.route=server"],
     "server, delta": ["comm.route=server", "comm.weights=delta"],
     "split": ["comm.route=split", SPLIT],
 }
-"""server: 3-bit gradients up, LAQ weights of 4 bits down; delta: what the weights changed by, in 4 bits. split: the
-embeddings to a LAQ server, vectors in fp32, the other matrices at 3/4 bits."""
+"""nearest: gradients are rounded to the nearest level, not stochastically. server: 3-bit gradients up, LAQ weights of 4
+bits down; delta: what the weights changed by, in 4 bits. split: the embeddings to a LAQ server, vectors in fp32, the
+other matrices at 3/4 bits."""
 
 
 def run(recipe: str, directory: Path, settings: list[str]) -> dict:
