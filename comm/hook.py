@@ -282,7 +282,7 @@ class QuantizedAllReduce(LaneRoute):
         error_feedback: add to a gradient what quantization left out of the one before (4 bytes a parameter, saved by
             `state_dict`). It is dropped when a gradient is not finite.
         sigma: on the way up, take the standard deviation over a "block", a "row" or a "tensor".
-        rounding: "stochastic" or "nearest".
+        rounding: "stochastic" is unbiased; "nearest" has the smaller error, and a bias that error feedback mends.
         shared_scale: all ranks round to the same scales, so that the owner's sum is one of integers.
         levels: "flat"; "node" adds up in full precision inside a node, and quantizes between nodes.
         seed: of the stochastic rounding; must be the same on all ranks.
