@@ -133,8 +133,11 @@ def read_earlier(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         document["sources"] = [*document.get("earlier", []), {key: document[key] for key in ("command", "commit")}]
+        wanted = {field.name for field in fields(Measured)} - {"hypotheses"}
+        _ = document["sentences"]
         for row in document["rows"]:
-            _ = [row[field.name] for field in fields(Measured) if field.name != "hypotheses"]
+            if missing := wanted - row.keys():
+                raise KeyError(*sorted(missing))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not a table of benchmarks/tickets.py ({type(error).__name__}: {error})") from None
     return document
