@@ -22,7 +22,7 @@ from .lanes import Bucket, Context, Lane, PlainLane, Portion, QuantizedLane
 from .link import Exchange, GroupLink, Link
 from .quantizer import Quantizer
 from .route import Route
-from .split import plain_name
+from .split import plain_name, weight_shapes
 
 TAGS = 8
 """Tags of the link that one exchange may use."""
@@ -108,6 +108,8 @@ class LaneRoute(Route):
         self._names = [plain_name(name) for name, _ in named]
         self._shapes = [parameter.shape for _, parameter in named]
         self._trains = [parameter.requires_grad for _, parameter in named]
+        of_weights = weight_shapes(model)
+        self._rule_shapes = [of_weights[name] for name in self._names]
         self._lane_of = self._assign()
         if self.world_size == 1:
             return

@@ -129,7 +129,7 @@ class ServerRoute(LaneRoute):
         return self._routes_of(None)
 
     def _routes_of(self, sparsity: dict[str, float] | None) -> list[str]:
-        shapes = {n: s for n, s, trains in zip(self._names, self._shapes, self._trains, strict=True) if trains}
+        shapes = {n: s for n, s, trains in zip(self._names, self._rule_shapes, self._trains, strict=True) if trains}
         routes = assign(self.rules, shapes, sparsity)
         return [routes.get(name, "fp32") or UNDECIDED for name in self._names]
 
@@ -251,7 +251,7 @@ class ServerRoute(LaneRoute):
     def _restored(self, saved: Sequence[str]) -> list[str]:
         """Saved lanes; ValueError where the rules, of now, do not allow the one that a parameter had."""
         lane_of = self._assign()
-        for i, (name, shape, was) in enumerate(zip(self._names, self._shapes, saved, strict=True)):
+        for i, (name, shape, was) in enumerate(zip(self._names, self._rule_shapes, saved, strict=True)):
             allowed = possible(self.rules, name, shape) if self.rules else {"server"}
             if self._trains[i] and was not in allowed:
                 raise ValueError(

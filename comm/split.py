@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch
+from torch import nn
+from torch.nn.utils import parametrize
 
 from .config import SplitRule
 
@@ -18,7 +20,7 @@ def assign(
 
     Args:
         rules: of the recipe.
-        shapes: of every parameter that trains, by name.
+        shapes: of every parameter that trains, by name; see `weight_shapes`.
         sparsity: share of the rows of each one's gradient that were zero; None before that is known.
 
     Returns:
@@ -62,6 +64,20 @@ def plain_name(name: str) -> str:
 
 
 _PARAMETRIZED = re.compile(r"\bparametrizations\.([^.]+)\.original$")
+
+
+def weight_shapes(model: nn.Module) -> dict[str, torch.Size]:
+    """Shapes that rules go by, of all parameters by `plain_name`: those of the plain model.
+
+    A parametrization that keeps a weight in another shape (a codebook) says the weight's as `weight_shape`.
+    """
+    shapes = {plain_name(name): parameter.shape for name, parameter in model.named_parameters()}
+    for prefix, module in model.named_modules():
+        chains = module.parametrizations if parametrize.is_parametrized(module) else {}
+        for attribute, chain in chains.items():
+            if (shape := getattr(chain[0], "weight_shape", None)) is not None:
+                shapes[plain_name(f"{prefix}.{attribute}".lstrip("."))] = torch.Size(shape)
+    return shapes
 
 
 def row_sparsity(gradient: torch.Tensor) -> float:

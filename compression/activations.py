@@ -15,7 +15,6 @@ Source: Zafrir et al. 2019, "Q8BERT: Quantized 8Bit BERT", section 2.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +29,8 @@ if TYPE_CHECKING:
     from .noise import QuantNoise
 
 LEVELS = 127
+_SMALLEST, _LARGEST = LEVELS * float(torch.finfo(torch.float32).tiny), float(torch.finfo(torch.float32).max)
+"""Ranges whose scale is a normal fp32 number."""
 
 
 class InputRanges:
@@ -154,15 +155,15 @@ def attach_activations(model: nn.Module, ranges: Mapping[str, float]) -> list[Re
         what takes each of the hooks off again.
 
     Raises:
-        ValueError: a name is no linear layer of the model, or a range no positive number; nothing is attached.
+        ValueError: a name is no linear layer of the model, or a range no positive fp32 number; nothing is attached.
     """
     modules = dict(model.named_modules())
     for name, limit in ranges.items():
         if not isinstance(modules.get(name), nn.Linear):
             valid = ", ".join(n for n, module in modules.items() if isinstance(module, nn.Linear))
             raise ValueError(f"activations: {name!r} is no linear layer of the model; valid are {valid}")
-        if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit < math.inf:
-            raise ValueError(f"activations: the range of {name} must be a positive number, is {limit!r}")
+        if isinstance(limit, bool) or not isinstance(limit, int | float) or not _SMALLEST <= limit <= _LARGEST:
+            raise ValueError(f"activations: the range of {name} must be a positive fp32 number, is {str(limit)[:40]}")
     if ranges:
         _force_modules(model)
     return [modules[name].register_forward_pre_hook(_fixed(limit)) for name, limit in ranges.items()]

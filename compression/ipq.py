@@ -185,7 +185,9 @@ class Codebook(Reader):
 
     def __init__(self, codes: Tensor, centroids: int, shape: tuple[int, ...], scheme: PqScheme) -> None:
         super().__init__()
-        self.centroids, self.shape, self.scheme = centroids, shape, scheme
+        self.centroids, self.scheme = centroids, scheme
+        self.weight_shape = shape
+        """By which rules of `comm.split` know it."""
         self.take(codes)
 
     def take(self, codes: Tensor) -> None:
@@ -199,7 +201,7 @@ class Codebook(Reader):
         self.forget()
 
     def read(self, stored: Tensor) -> Tensor:
-        return decode_pq(self.codes, centroid_values(stored, self.scheme), self.shape)
+        return decode_pq(self.codes, centroid_values(stored, self.scheme), self.weight_shape)
 
     def forward(self, codebook: Tensor) -> Tensor:
         return _Decode.apply(codebook, self.cached(codebook), self._order, self._starts)

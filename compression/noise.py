@@ -28,7 +28,7 @@ from .activations import InputRanges, linear_modules
 from .config import QuantizeConfig, QuantNoiseConfig
 from .readers import Reader, StraightThrough
 from .scalar import Linear, Quantizer, decode
-from .technique import Packed, Weight, parametrize_weight, select_weights, unparametrize_weight
+from .technique import Packed, Weight, expect_fp32, parametrize_weight, select_weights, unparametrize_weight
 from .ternary import Lat, Twn, TwoMeans
 
 
@@ -50,10 +50,11 @@ def select_noisy(model: nn.Module, config: QuantizeConfig) -> list[Weight]:
     """The weights that the recipe's scalar scheme is for, in the model's order; reads no values.
 
     Raises:
-        ValueError: a pattern matches no weight, the block does not divide a weight's columns, or activations are to be
-            quantized and none of the matched weights is a linear layer's.
+        ValueError: a pattern matches no weight, one is not fp32, the block does not divide a weight's columns, or
+            activations are to be quantized and none of the matched weights is a linear layer's.
     """
     selected = select_weights(model, config.include, config.exclude)
+    expect_fp32(selected)
     if isinstance(config, QuantNoiseConfig):
         for weight in selected:
             columns = weight.tensor[0].numel()
@@ -143,7 +144,6 @@ class QuantNoise:
         for weight in self._attached:
             if not bool(torch.isfinite(weight.tensor).all()):
                 raise ValueError(f"{weight.name}: holds inf or NaN and can't be quantized")
-            assert weight.tensor.dtype == torch.float32, f"{weight.name} is {weight.tensor.dtype}; bake fp32 weights"
         self._forget()
         for weight in self._attached:
             packed = self.quantizer.quantize(weight.tensor, self._importance(weight))

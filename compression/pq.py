@@ -24,7 +24,7 @@ from . import kmeans
 from .config import PQ_GROUPS, PqConfig, QuantizeConfig
 from .scalar import Linear
 from .schemes import decode_pq, dequantize
-from .technique import Packed, Weight, name_matches, select_weights, some_names, weights
+from .technique import Packed, Weight, expect_fp32, name_matches, select_weights, some_names, weights
 
 PqScheme = Literal["pq", "pq_int8"]
 
@@ -52,10 +52,12 @@ def select_blocks(
         key: names it in messages.
 
     Raises:
-        ValueError: a pattern or group matches nothing, a selected weight is in no group, or a size does not divide the
-            columns of a weight; one line with the valid choices.
+        ValueError: a pattern or group matches nothing, groups before one take all that it matches, a selected weight
+            is in no group or not fp32, or a size does not divide the columns of a weight; one line with the valid
+            choices.
     """
     selected = select_weights(model, include, exclude)
+    expect_fp32(selected)
     found = weights(model)
     for group in sizes:
         if not any(name_matches(weight, PQ_GROUPS.get(group, (group,))) for weight in found):
@@ -65,6 +67,10 @@ def select_blocks(
         (weight, next((group for group in sizes if name_matches(weight, PQ_GROUPS.get(group, (group,)))), None))
         for weight in selected
     ]
+    for group in sizes:
+        of_group = [weight for weight in selected if name_matches(weight, PQ_GROUPS.get(group, (group,)))]
+        if of_group and not any(taken == group for _, taken in grouped):
+            raise ValueError(f"{key}: {group!r} takes nothing, groups before it have all its weights; put it first")
     without = [weight for weight, group in grouped if group is None]
     if without:
         have = ", ".join(sizes)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .masks import Masks
-from .technique import Weight, select_weights
+from .technique import Weight, name_matches, select_weights, weights
 
 
 def prunable(
@@ -32,14 +32,18 @@ def prunable(
             have another scale than matrices, which one threshold for all does not suit.
 
     Raises:
-        ValueError: as `select_weights`, or only embeddings match and they are not asked for.
+        ValueError: as `select_weights`, or a pattern of `include` matches embeddings only and they are not asked for.
     """
     found = select_weights(model, include, exclude)
     if embeddings:
         return found
     matrices = [w for w in found if not any(isinstance(module, nn.Embedding) for module, _ in w.sites)]
+    for pattern in include:
+        named = [w for w in weights(model) if name_matches(w, (pattern,))]
+        if all(any(isinstance(module, nn.Embedding) for module, _ in w.sites) for w in named):
+            raise ValueError(f"include: {pattern!r} matches embeddings only; set embeddings: true to prune them")
     if not matrices:
-        raise ValueError(f"include: {list(include)} matches embeddings only; set embeddings: true to prune them")
+        raise ValueError(f"exclude: {list(exclude)} leaves embeddings only; set embeddings: true to prune them")
     return matrices
 
 
@@ -108,24 +112,26 @@ def prune(
         fraction: of the survivors, pruned in each round.
         rounds: rounds in all, those that led to `masks` included.
         scope: global ranks all weights together; module leaves the same fraction of each tensor.
-        score: what the weights are ranked by. Of equal ones the earlier is pruned first.
+        score: what the weights are ranked by. Of equal ones the earlier is pruned first, by name and place.
         granularity: what is pruned as one.
 
     Raises:
         ValueError: fraction is not in [0, 1), or a weight holds inf or NaN; names it.
     """
     scores, alive = {}, {}
-    for name, mask in masks.items():
+    names = sorted(masks)  # no order of the model's: masks read from a file have another
+    for name in names:
+        mask = masks[name]
         if not bool(torch.isfinite(tensors[name]).all()):
             raise ValueError(f"{name}: holds inf or NaN and can't be ranked for pruning")
         scores[name] = granularity.units(score(tensors[name]).cpu())
         alive[name] = granularity.units(mask)
     if scope == "global":
-        flat = torch.cat([alive[name] for name in masks])
+        flat = torch.cat([alive[name] for name in names])
         kept = keep_largest(
-            torch.cat([scores[name] for name in masks]), flat, remaining_count(flat.numel(), fraction, rounds)
+            torch.cat([scores[name] for name in names]), flat, remaining_count(flat.numel(), fraction, rounds)
         )
-        parts = dict(zip(masks, kept.split([alive[name].numel() for name in masks]), strict=True))
+        parts = dict(zip(names, kept.split([alive[name].numel() for name in names]), strict=True))
     else:
         parts = {
             name: keep_largest(scores[name], alive[name], remaining_count(alive[name].numel(), fraction, rounds))

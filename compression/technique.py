@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
@@ -100,7 +101,7 @@ class Weight:
 
 
 def weights(model: nn.Module) -> list[Weight]:
-    """Every parameter of two or more dimensions, in order; a tied one once, with all its names and sites."""
+    """Every parameter of two or more dimensions and an element, in order; a tied one once, with all names and sites."""
     names: dict[int, list[str]] = {}
     tensors: dict[int, nn.Parameter] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -114,7 +115,7 @@ def weights(model: nn.Module) -> list[Weight]:
     return [
         Weight(tensor, tuple(names[key]), tuple(sites[key]))
         for key, tensor in tensors.items()
-        if tensor.dim() >= 2 and tensor.is_floating_point()
+        if tensor.dim() >= 2 and tensor.is_floating_point() and tensor.numel() > 0
     ]
 
 
@@ -138,6 +139,15 @@ def select_weights(model: nn.Module, include: Sequence[str], exclude: Sequence[s
     if not selected:
         raise ValueError(f"exclude: {list(exclude)} leaves none of what include {list(include)} matches")
     return selected
+
+
+def expect_fp32(selected: Sequence[Weight]) -> None:
+    """Raise ValueError unless weights are stored in fp32, as the file's codes and scales are made from."""
+    for weight in selected:
+        if weight.tensor.dtype != torch.float32:
+            raise ValueError(
+                f"{weight.name}: is {weight.tensor.dtype}; keep weights in fp32, and compute under torch.autocast"
+            )
 
 
 def parametrize_weight(weight: Weight, parametrization: nn.Module) -> None:

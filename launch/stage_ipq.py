@@ -25,9 +25,10 @@ from tenko.nmt import checkpoint, distributed
 from tenko.nmt.trainer_state import load_weights
 
 from .rundir import ARTEFACT, RunDirectory, StageContext
+from .stage_checks import check_stages
 from .stage_kinds import IpqStage
 from .stage_results import write_and_measure
-from .stage_tools import check_patterns, open_corpus, previous_model, read_model, start
+from .stage_tools import open_corpus, previous_model, read_model, start
 from .stage_training import train_model
 
 QUANTIZED = "quantized"
@@ -43,7 +44,7 @@ def run_ipq(context: StageContext) -> None:
     accelerator = start(context, train)
     corpus = open_corpus(context)
     model, model_config = previous_model(context)
-    check_patterns(context, model)
+    check_stages(context, model, model_config, corpus)
     model = model.to(accelerator.device)
     teacher = _teacher(context, model).to(accelerator.device) if config.distill.weight > 0 else None
     technique = Ipq(config, seed=context.recipe.seed)

@@ -100,11 +100,9 @@ def why_not(kind: str, before: Sequence[Spec]) -> str | None:
 
 def problem(kind: str, config: StageConfig, before: Sequence[Spec]) -> tuple[str, str] | None:
     """What makes no sense in these settings after those stages: (key, message); None if all is well."""
-    scheme = getattr(config, "scheme", "pq" if kind == "ipq" else "")
-    if any(spec.kind == "lottery" for spec in before) and (scheme.startswith("pq") or scheme == "binary"):
-        what = "codewords" if scheme.startswith("pq") else "two levels"
-        reason = f"{what} would fill the zeros of the lottery before it; valid: int8, int4, ternary, lat"
-        return ("scheme" if kind != "ipq" else "", f"{scheme} can't follow pruning, since {reason}")
+    scheme = getattr(config, "scheme", "")
+    if any(spec.kind == "lottery" for spec in before) and (found := unfit_for_pruned(kind, config)):
+        return found
     if before and before[-1].kind == "quant_noise" and kind in ("quantize", "ipq"):
         noise = before[-1].config.scheme
         if not noise.startswith("pq"):
@@ -121,6 +119,16 @@ def problem(kind: str, config: StageConfig, before: Sequence[Spec]) -> tuple[str
     if own is not None and own.engine != "ddp":
         return "train.engine", f"must be ddp in stage {kind}, is {own.engine}"
     return None
+
+
+def unfit_for_pruned(kind: str, config: StageConfig) -> tuple[str, str] | None:
+    """Why these settings make no sense for a pruned model: (key, message); None if they do."""
+    scheme = getattr(config, "scheme", "pq" if kind == "ipq" else "")
+    if not scheme.startswith("pq") and scheme != "binary":
+        return None
+    what = "codewords" if scheme.startswith("pq") else "two levels"
+    reason = f"{what} would fill the zeros of the lottery before it; valid: int8, int4, ternary, lat"
+    return ("scheme" if kind != "ipq" else "", f"{scheme} can't follow pruning, since {reason}")
 
 
 def _lottery_problem(config: LotteryConfig, before: Sequence[Spec]) -> tuple[str, str] | None:

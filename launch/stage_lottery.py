@@ -30,13 +30,14 @@ from tenko.nmt.config import ModelConfig, ProfileConfig, TrainConfig
 from tenko.nmt.corpus import Corpus
 from tenko.nmt.fairseq_bridge import build_model
 from tenko.nmt.trainer import Trainer
-from tenko.nmt.trainer_state import load_weights
+from tenko.nmt.trainer_state import keep_batch, load_weights
 
 from .files import read_json, write_json_atomic
 from .report import write_report_or_warn
 from .rundir import ARTEFACT, CHECKPOINTS, RESULT, RunDirectory, StageContext
+from .stage_checks import check_stages
 from .stage_results import HYPOTHESES, write_and_measure
-from .stage_tools import check_patterns, open_corpus, read_model, start
+from .stage_tools import open_corpus, read_model, start
 from .stage_training import train_model
 
 MASKS = "masks.safetensors"
@@ -51,8 +52,8 @@ def run_lottery(context: StageContext) -> None:
     accelerator = start(context, stage.train)
     corpus = open_corpus(context)
     stage.check()
-    model, _ = read_model(stage.dense / ARTEFACT)
-    check_patterns(context, model)
+    model, model_config = read_model(stage.dense / ARTEFACT)
+    check_stages(context, model, model_config, corpus)
     masks = Masks.ones(prunable(model, config.include, config.exclude, embeddings=config.embeddings))
     trained = stage.dense
     for this in lottery.rounds(config):
@@ -224,6 +225,9 @@ def _rewind(trainer: Trainer, stage: _Stage, begin: lottery.Start, technique: Pr
         trainer.scaler.load_state_dict(state["scaler"])
     elif begin.update:
         trainer.scaler.load_state_dict(checkpoint.load(dense)[1]["scaler"])
+    if begin.moments != "dense":  # whoever trains the round, its updates are as large as those it is compared with
+        newest = checkpoint.path_of(stage.dense / CHECKPOINTS, checkpoint.list_updates(stage.dense / CHECKPOINTS)[-1])
+        keep_batch(trainer, checkpoint.load(newest)[1], newest)
     trainer.updates = begin.update
     load_weights(trainer.parameters, weights, dense)
     technique.zero()

@@ -12,16 +12,17 @@ import time
 
 from torch import nn
 
-from tenko.compression import QuantizeConfig, QuantNoise, QuantNoiseConfig, Technique, activation_ranges
+from tenko.compression import QuantizeConfig, QuantNoise, QuantNoiseConfig, Technique, activation_ranges, read_artefact
 from tenko.compression.masks import Masks, PrunedWeights
 from tenko.compression.pq import PostTrainingPq
 from tenko.compression.pq_noise import PqNoise
 from tenko.nmt import distributed
 
-from .rundir import StageContext
+from .rundir import ARTEFACT, StageContext
+from .stage_checks import check_stages, pruned_before
 from .stage_kinds import QuantNoiseStage
 from .stage_results import write_and_measure
-from .stage_tools import check_patterns, open_corpus, previous_model, start
+from .stage_tools import open_corpus, previous_model, start
 from .stage_training import train_model
 
 
@@ -33,7 +34,7 @@ def run_quant_noise(context: StageContext) -> None:
     accelerator = start(context, config.train)
     corpus = open_corpus(context)
     model, model_config = previous_model(context)
-    check_patterns(context, model)
+    check_stages(context, model, model_config, corpus)
     model = model.to(accelerator.device)
     teacher = copy.deepcopy(model) if config.train.distill.weight > 0 else None
     technique = _noise(config, context.recipe.seed)
@@ -71,6 +72,8 @@ def run_quantize(context: StageContext) -> None:
     corpus = open_corpus(context)
     if distributed.rank() == 0:
         model, model_config = previous_model(context)
+        assert context.previous is not None, "previous_model has read it"
+        ranges = read_artefact(context.previous / ARTEFACT)[1].get("activations")
         technique: Technique
         if config.scheme in ("pq", "pq_int8"):
             technique = PostTrainingPq(config, seed=context.recipe.seed)
@@ -79,7 +82,14 @@ def run_quantize(context: StageContext) -> None:
         technique.attach(model)
         technique.bake(model)
         write_and_measure(
-            context, model, model_config, corpus, technique=technique, started=started, scheme=config.scheme
+            context,
+            model,
+            model_config,
+            corpus,
+            technique=technique,
+            metadata={"activations": ranges} if ranges else None,  # what it was trained with, it is translated with
+            started=started,
+            scheme=config.scheme,
         )
     distributed.barrier()
 
@@ -90,8 +100,4 @@ def _noise(config: QuantNoiseConfig, seed: int) -> QuantNoise | PqNoise:
 
 def _pruned(context: StageContext, model: nn.Module) -> list[Technique]:
     """What keeps pruned weights at zero, if a lottery has pruned the model. Other models may hold zeros by chance."""
-    names = [stage.name for stage in context.recipe.stages]
-    before = context.recipe.stages[: names.index(context.stage.name)]
-    if not any(stage.kind == "lottery" for stage in before):
-        return []
-    return [PrunedWeights(Masks.of_zeros(model))]
+    return [PrunedWeights(Masks.of_zeros(model))] if pruned_before(context) else []

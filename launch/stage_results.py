@@ -21,6 +21,7 @@ from tenko.nmt.translate import Translator
 from .files import write_json_atomic, write_text_atomic
 from .recipe import decode_config
 from .rundir import ARTEFACT, StageContext
+from .stage_checks import PRUNED, pruned_before
 
 SAMPLES = 8
 """Translations of unseen sentences kept in a result."""
@@ -56,6 +57,8 @@ def write_and_measure(
     """
     folder = folder or context.directory
     metadata = {"direction": context.recipe.direction, "model": dataclasses.asdict(model_config), **(metadata or {})}
+    if context.stage.kind == "lottery" or (context.stage.kind != "train" and pruned_before(context)):
+        metadata[PRUNED] = True
     _write_artefact(folder / ARTEFACT, model, corpus, metadata, technique, context.recipe.zstd)
     return measure(context, corpus, folder=folder, **rest)
 

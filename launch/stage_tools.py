@@ -1,4 +1,4 @@
-"""What every kind of stage begins with: device and ranks, the corpus, the model before, patterns that fit it."""
+"""What every kind of stage begins with: device and ranks, the corpus, the model before."""
 
 from __future__ import annotations
 
@@ -13,10 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from tenko.compression.config import IpqConfig, LotteryConfig, QuantizeConfig
-from tenko.compression.noise import select_noisy
-from tenko.compression.pq import select_blocks
-from tenko.compression.pruning import prunable
 from tenko.nmt import distributed
 from tenko.nmt.artefact_model import open_artefact
 from tenko.nmt.config import DataConfig, ModelConfig, TrainConfig
@@ -185,28 +181,6 @@ def previous_model(context: StageContext) -> tuple[nn.Module, ModelConfig]:
     assert context.previous is not None, "the recipe checks that this stage follows another"
     context.reporter.log(f"{context.stage.name}: from {context.previous}")
     return read_model(context.previous / ARTEFACT)
-
-
-def check_patterns(context: StageContext, model: nn.Module) -> None:
-    """Hold the patterns of this stage and of those after it to the model, before anything is trained.
-
-    Raises:
-        ValueError: one matches no weight, or a block divides no weight's columns; names stage and key.
-    """
-    stages = context.recipe.stages
-    for spec in stages[stages.index(context.stage) :]:
-        config: Any = spec.config
-        try:
-            if isinstance(config, LotteryConfig):
-                prunable(model, config.include, config.exclude, embeddings=config.embeddings)
-            elif isinstance(config, IpqConfig):
-                select_blocks(model, config.include, config.exclude, config.blocks)
-            elif isinstance(config, QuantizeConfig) and config.scheme in ("pq", "pq_int8"):
-                select_blocks(model, config.include, config.exclude, config.pq.blocks, "pq.blocks")
-            elif isinstance(config, QuantizeConfig):
-                select_noisy(model, config)
-        except ValueError as error:
-            raise ValueError(f"{spec.name}.{error}") from None
 
 
 def uses_zero(config: TrainConfig) -> bool:

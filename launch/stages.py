@@ -18,13 +18,14 @@ from tenko.nmt.config import TrainConfig
 from tenko.nmt.fairseq_bridge import build_model
 
 from .rundir import StageContext
+from .stage_checks import check_pruned, check_stages
 from .stage_export import run_export
 from .stage_ipq import run_ipq
 from .stage_kinds import PretrainedConfig
 from .stage_lottery import run_lottery
 from .stage_noise import run_quant_noise, run_quantize
 from .stage_results import measure, write_and_measure
-from .stage_tools import check_patterns, hold_subwords, open_corpus, pretrained_folder, previous_model, start
+from .stage_tools import hold_subwords, open_corpus, pretrained_folder, previous_model, start
 from .stage_training import train_model
 
 
@@ -43,7 +44,7 @@ def run_train(context: StageContext) -> None:
         model, model_config = previous_model(context)
         if config.distill.weight > 0:
             teacher = previous_model(context)[0].to(accelerator.device)
-    check_patterns(context, model)
+    check_stages(context, model, model_config, corpus)
     model = model.to(accelerator.device)
     trained = train_model(context, accelerator, model, corpus, config, teacher=teacher)
     if distributed.rank() == 0:
@@ -67,6 +68,7 @@ def run_pretrained(context: StageContext) -> None:
             raise ValueError(
                 f"pretrained.model: {folder} translates {direction}, the recipe {context.recipe.direction}"
             )
+        check_pruned(context, folder)
         shutil.rmtree(context.artefact, ignore_errors=True)
         shutil.copytree(folder, context.artefact, ignore=shutil.ignore_patterns("ct2-*"))
         measure(context, corpus, started=started)

@@ -81,19 +81,12 @@ def restore(trainer: Trainer, folder: Path, *, only_weights: bool = False, check
     weights, state, own = checkpoint.load(folder, rank=distributed.rank(), check=check)
     load_weights(trainer.parameters, weights, folder)
     trainer.take_counters(state)
-    world, before = trainer.stream.world, int(state["world"])
-    # Older checkpoints do not say it: no other workers went on with them.
-    micro_batches = state.get("micro_batches", before * trainer.config.update_freq)
-    if world > micro_batches:
-        raise ValueError(
-            f"{folder}: an update of this training has {micro_batches} micro-batches, too few for {world} workers; "
-            f"go on with at most {micro_batches}"
-        )
-    trainer.stream.micro_batches = micro_batches
+    keep_batch(trainer, state, folder)
     if only_weights:
         return
     load_techniques(trainer.techniques, state)
-    if world != before:
+    before = int(state["world"])
+    if trainer.stream.world != before:
         _from_others(trainer, folder, state, before)
         return
     if own is None:
@@ -107,6 +100,28 @@ def restore(trainer: Trainer, folder: Path, *, only_weights: bool = False, check
     if trainer.route is not None and own["route"] is not None:
         trainer.route.load_state_dict(own["route"])
     trainer.sums.take(own["figures"])
+
+
+def keep_batch(trainer: Trainer, state: dict[str, Any], folder: Path) -> None:
+    """Take over how many micro-batches an update has, whoever computes them now.
+
+    Args:
+        trainer: takes them.
+        state: shared state of a checkpoint.
+        folder: of the checkpoint, for the message.
+
+    Raises:
+        ValueError: they are too few for so many workers.
+    """
+    world = trainer.stream.world
+    # Older checkpoints do not say it: no other workers went on with them.
+    micro_batches = state.get("micro_batches", int(state["world"]) * trainer.config.update_freq)
+    if world > micro_batches:
+        raise ValueError(
+            f"{folder}: an update of this training has {micro_batches} micro-batches, too few for {world} workers; "
+            f"go on with at most {micro_batches}"
+        )
+    trainer.stream.micro_batches = micro_batches
 
 
 def _from_others(trainer: Trainer, folder: Path, state: dict[str, Any], before: int) -> None:

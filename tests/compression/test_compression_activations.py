@@ -148,8 +148,11 @@ def test_ranges_that_fit_no_model_are_refused(small_corpus: Corpus) -> None:
     model = toy_model(small_corpus)
     with pytest.raises(ValueError, match=r"^activations: 'encoder.fc9' is no linear layer of the model; valid are enc"):
         attach_activations(model, {"encoder.layers.0.fc1": 1.0, "encoder.fc9": 1.0})
-    for bad in (0.0, -1.0, math.inf, math.nan, "1", True, None):
-        with pytest.raises(ValueError, match=r"^activations: the range of encoder.layers.0.fc1 must be a positive num"):
+    # The last three are no fp32 numbers, or their scale is none.
+    for bad in (0.0, -1.0, math.inf, math.nan, "1", True, None, 10**400, 1e300, 1e-37):
+        with pytest.raises(
+            ValueError, match=r"^activations: the range of encoder.layers.0.fc1 must be a positive fp32"
+        ):
             attach_activations(model, {"encoder.layers.0.fc1": bad})  # type: ignore[dict-item]
     assert all(not module._forward_pre_hooks for module in model.modules())
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from toy_training import differing, snapshot, toy_model, toy_trainer, train
 
+from tenko.comm.config import SplitRule
+from tenko.comm.split import assign, plain_name, weight_shapes
 from tenko.compression import Technique, read_artefact, write_artefact
 from tenko.compression.config import IpqConfig
 from tenko.compression.ipq import Ipq
@@ -65,6 +67,19 @@ def test_codebooks_take_the_place_of_a_groups_weights_and_the_rest_stays(small_c
     for name in feed_forward:
         assert after[parametrized(name)].shape == (16, 8)
     assert sum(p.numel() for p in after.values()) < sum(p.numel() for p in before.values())
+
+
+def test_rules_of_a_split_know_a_codebook_as_its_weight(small_corpus: Corpus) -> None:
+    rules = [SplitRule(route="fp32", max_numel=200), SplitRule(route="all_reduce", min_numel=201)]
+    plain = weight_shapes(toy_model(small_corpus))
+    model, _ = quantized(small_corpus, *GROUPS)
+    assert parameters(model).keys() - plain.keys(), "codebooks have names of their own"
+    shapes = {plain_name(name): weight_shapes(model)[plain_name(name)] for name in parameters(model)}
+    assert shapes == plain
+    assert set(assign(rules, shapes).values()) == {"fp32", "all_reduce"}
+    stored = {plain_name(name): parameter.shape for name, parameter in parameters(model).items()}
+    with pytest.raises(ValueError, match="takes no parameter"):
+        assign(rules, stored)
 
 
 def test_the_error_of_a_group_is_that_of_what_modules_read(small_corpus: Corpus) -> None:

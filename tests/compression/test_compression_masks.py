@@ -75,6 +75,10 @@ def test_patterns_select_and_one_that_matches_nothing_is_an_error(model: Tied) -
         prunable(model, ("nothing",))
     with pytest.raises(ValueError, match=r"^include: .* matches embeddings only; set embeddings: true"):
         prunable(model, ("*embed_tokens*",))
+    with pytest.raises(ValueError, match=r"^include: '\*embed_tokens\*' matches embeddings only"):
+        prunable(model, ("*fc*", "*embed_tokens*"))
+    with pytest.raises(ValueError, match=r"^exclude: .* leaves embeddings only"):
+        prunable(model, ("*",), ("*fc*",))
 
 
 @pytest.mark.parametrize("bad", [torch.tensor([0.0, 0.5]), torch.tensor([0, 2]), torch.tensor([1.0, torch.nan])])
@@ -123,6 +127,14 @@ def test_the_smallest_go_and_of_equal_ones_the_earlier(model: Tied) -> None:
     kept = torch.cat([magnitude(w)[masks[n]] for n, w in tensors(model).items() if n in masks])
     gone = torch.cat([magnitude(w)[~masks[n]] for n, w in tensors(model).items() if n in masks])
     assert gone.max() <= kept.min()
+
+
+def test_ties_are_decided_alike_in_whatever_order_masks_were_read() -> None:
+    of = {"b": torch.ones(1, 5), "a": torch.ones(1, 5)}
+    ones = {name: torch.ones_like(w) for name, w in of.items()}
+    masks = prune(of, Masks(ones), fraction=0.3, rounds=1)
+    assert masks == prune(of, Masks(dict(reversed(ones.items()))), fraction=0.3, rounds=1)
+    assert masks.counts == {"a": 2, "b": 5}
 
 
 def test_weights_that_were_pruned_stay_pruned_whatever_they_hold() -> None:

@@ -14,6 +14,7 @@ from toy_training import differing, snapshot, toy_model, toy_trainer
 
 from tenko.compression import QuantizeConfig, QuantNoise, QuantNoiseConfig, Technique, read_artefact, write_artefact
 from tenko.compression.noise import make_quantizer
+from tenko.compression.pq_noise import PqNoise
 from tenko.compression.scalar import decode
 from tenko.nmt.corpus import Corpus
 from tenko.nmt.trainer import Trainer
@@ -476,3 +477,20 @@ def test_lat_refuses_an_optimizer_without_all_second_moments(model: Tied) -> Non
     with pytest.raises(ValueError, match=r"^scheme: lat needs Adam's second moments .* or scheme: ternary$"):
         technique.use_optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
     noise(scheme="ternary").use_optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+@pytest.mark.parametrize("scheme", ["int8", "ternary", "binary", "pq"])
+def test_weights_of_another_type_are_refused_before_any_training(scheme: str) -> None:
+    technique = PqNoise if scheme == "pq" else QuantNoise
+    with pytest.raises(ValueError, match=r"^0\.weight: is torch\.bfloat16; keep weights in fp32"):
+        technique(QuantNoiseConfig(scheme=scheme)).attach(nn.Sequential(nn.Linear(8, 8)).bfloat16())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("scheme", ["int8", "ternary", "binary"])
+def test_a_weight_without_elements_is_left_alone(scheme: str) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 0))
+    technique = QuantNoise(QuantNoiseConfig(scheme=scheme))  # type: ignore[arg-type]
+    technique.attach(model)
+    technique.bake(model)
+    assert technique.pack("0.weight") is not None
+    assert technique.pack("1.weight") is None

@@ -222,6 +222,7 @@ def test_the_first_group_that_matches_gives_the_block(small_corpus: Corpus) -> N
             {"ffn": 8, "embedding": 8},
             r"pq\.blocks: ffn, embedding have no size for .*_proj\.weight.* and 6 more; add a group.*",
         ),
+        ({"*": 8, "ffn": 4}, r"pq\.blocks: 'ffn' takes nothing, groups before it have all its weights; put it first"),
         ({"fnn": 8}, r"pq\.blocks: 'fnn' matches no weight; valid is ffn, embedding, attention or a shell pattern .*"),
     ],
 )

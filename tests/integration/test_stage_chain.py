@@ -101,6 +101,44 @@ def test_a_pretrained_model_brings_its_subwords_and_teaches(
     assert lines[0]["loss"] < 0.1 < lines[0]["nll"], "a pupil that is its teacher's copy has nothing to learn"
 
 
+def test_a_pruned_model_stays_pruned_when_another_recipe_goes_on_with_it(
+    chain: Path, small_tsv: Path, tmp_path: Path
+) -> None:
+    source = chain / "2-lottery" / "artefact"
+    small = {**TRAIN, "max_update": 2, "valid_interval": 2, "save_interval": 2, "warmup_updates": 1}
+    noise = {"scheme": "int4", "train": small}
+    stages = [{"pretrained": {"model": str(source)}}, {"quant_noise": noise}]
+    done = run(tmp_path / "run", small_tsv, stages, workers=1)
+    assert (done.code, done.errors) == (0, []), done
+    pruned, _ = read_artefact(source)
+    quantized, metadata = read_artefact(tmp_path / "run" / "2-quant_noise" / "artefact")
+    name = "decoder.layers.0.fc1.weight"
+    assert bool((quantized[name][pruned[name] == 0] == 0).all())
+    assert metadata["pruned"] is True, "whoever goes on with this one knows it, too"
+    for kind, settings in (("quantize", {"scheme": "binary"}), ("ipq", {})):
+        again = [{"pretrained": {"model": str(tmp_path / "run" / "2-quant_noise" / "artefact")}}, {kind: settings}]
+        done = run(tmp_path / kind, small_tsv, again, workers=1)
+        assert (done.code, len(done.errors)) == (2, 1), done
+        assert "can't follow pruning" in done.errors[0]
+        assert not (tmp_path / kind / "1-pretrained" / "result.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("stages", "override", "message"),
+    [
+        (["export"], "model.extra={activation_fn: tanh}", "export.format: CTranslate2 has no activation tanh; it has "),
+        ([{"lottery": {"fraction": 0.99}}], "train.keep_updates=[0]", "lottery.fraction: 0.99 leaves none of "),
+    ],
+)
+def test_what_only_the_model_can_tell_of_later_stages_is_told_before_any_training(
+    stages: list[Any], override: str, message: str, small_tsv: Path, tmp_path: Path
+) -> None:
+    done = run(tmp_path / "run", small_tsv, [{"train": TRAIN}, *stages], override, workers=1)
+    assert (done.code, len(done.errors)) == (2, 1), done
+    assert message in done.errors[0]
+    assert not (tmp_path / "run" / "1-train" / "metrics.jsonl").exists()
+
+
 def test_a_pretrained_model_of_the_other_direction_is_refused(chain: Path, small_tsv: Path, tmp_path: Path) -> None:
     stages = [{"pretrained": {"model": str(chain / "1-train" / "artefact")}}]
     done = run(tmp_path / "run", small_tsv, stages, "direction=cs-en", workers=1)

@@ -206,6 +206,22 @@ def test_cut_and_resumed_equals_uncut_and_finished_rounds_are_left_alone(whole: 
     assert lines[0] == lines[1]
 
 
+def test_other_workers_train_rounds_with_updates_as_large_as_the_dense_ones(
+    whole: Path, small_tsv: Path, tmp_path: Path
+) -> None:
+    directory = tmp_path / "run"
+    shutil.copytree(whole, directory, ignore=shutil.ignore_patterns("2-*", "3-*", "lock"))
+    config = yaml.safe_load((directory / "config.yaml").read_text())
+    (directory / "config.yaml").write_text(yaml.safe_dump({**config, "stages": config["stages"][:1]}))
+    ticket = {"rounds": 1, "fraction": 0.3, "rewind_to": 6}
+    rounds = {"reinit": {"control": "reinit"}, "zero": {"moments": "zero"}, "no_rewind": {"control": "no_rewind"}}
+    stages = [{"lottery": {**ticket, **settings}, "name": name} for name, settings in rounds.items()]
+    run(recipe(tmp_path, small_tsv, *stages, workers=1), directory)
+    for number, name in enumerate(rounds, 2):
+        state = checkpoint.load(directory / f"{number}-{name}/round-01/checkpoints/update-00000020")[1]
+        assert (state["world"], state["micro_batches"]) == (1, 4), f"{name}: 2 workers of 2 micro-batches each before"
+
+
 def _timeless(part: Any) -> Any:
     return {key: value for key, value in part.items() if key != "figures"}
 
