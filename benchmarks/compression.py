@@ -3,10 +3,12 @@
     python benchmarks/compression.py --model en-cs          # the model that ships; hours on one core
     python benchmarks/compression.py --model runs/embedded/1-train/artefact --updates 300 --jobs 2
     python benchmarks/compression.py --table                # only the tables, of what is finished
+    python benchmarks/compression.py --schemes int8 int4 --seeds 1 2 3 --name compression_scalar    # part of it
 
 Every cell is a recipe, written to --runs and run by `tenko run`; what is finished is not done again. Bytes are of the
 file on disk, BLEU of the model read back from it, on the corpus's test split; differences from the model trained as
-long without quantization are judged by sacrebleu's paired bootstrap. Writes docs/results/compression.json and .md.
+long without quantization are judged by sacrebleu's paired bootstrap. Writes docs/results/compression.json and .md, or
+under another --name.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ PQ = {
     "centroids": {"ffn": 32, "embedding": 256, "attention": 64},
 }
 """As in recipes/ipq.yaml."""
+SCHEMES = ("int8", "int4", "pq", "pq_int8")
 METHODS = {
     "none": "trained on, not quantized",
     "ptq": "post-training",
@@ -178,29 +181,35 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=600, help="of each training path")
     parser.add_argument("--lr", type=float, default=7e-4)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
+    parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), choices=SCHEMES, help="rows, beside fp32")
+    parser.add_argument("--name", default="compression", help="of the files in docs/results")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
     parser.add_argument("--table", action="store_true", help="write the tables of what is finished, run nothing")
     args = parser.parse_args()
-    todo = cells(args.updates, args.lr)
+    every = cells(args.updates, args.lr)
+    rows = [cell for cell in every if cell.shown and cell.scheme in ("fp32", *args.schemes)]
+    needed = {cell.after for cell in rows}
+    todo = [cell for cell in every if cell in rows or cell.name in needed]
     if not args.table:
         run_all(todo, args)
     write(todo, args)
 
 
 def write(todo: list[Cell], args: argparse.Namespace) -> None:
-    """docs/results/compression.json and .md."""
+    """The table and its figures, under docs/results."""
     rows = [row for seed in args.seeds for row in _rows([cell for cell in todo if cell.shown], args, seed)]
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     settings["commit"] = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip()
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "compression.json").write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
+    (RESULTS / f"{args.name}.json").write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
     seeds = " ".join(map(str, args.seeds))
+    part = "" if args.schemes == list(SCHEMES) else f" --schemes {' '.join(args.schemes)} --name {args.name}"
     lines = [
         "# What each way to quantize costs",
         "",
         f"`python benchmarks/compression.py --model {args.model} --direction {args.direction} --updates {args.updates} "
-        f"--seeds {seeds}`, commit {settings['commit']}. All begin with the same trained model; each path of training "
-        f"has {args.updates} updates. Bytes are of the file, BLEU of the model read back from it, on "
+        f"--seeds {seeds}{part}`, commit {settings['commit']}. All begin with the same trained model; each path of "
+        f"training has {args.updates} updates. Bytes are of the file, BLEU of the model read back from it, on "
         f"{rows[0]['sentences'] if rows else 0} sentences; the difference is from the model trained as long in fp32, "
         "by sacrebleu's paired bootstrap (1,000 resamples).",
         "",
@@ -213,7 +222,7 @@ def write(todo: list[Cell], args: argparse.Namespace) -> None:
         figures = f"{row['bytes']:,} | {factor} | {row['bleu']:.2f} | {against}"
         lines.append(f"| {row['scheme']} | {METHODS[row['method']]} | {row['seed']} | {figures} |")
     text = "\n".join(lines) + "\n"
-    (RESULTS / "compression.md").write_text(text)
+    (RESULTS / f"{args.name}.md").write_text(text)
     print(text)
 
 
