@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+_SLICE = 1 << 20
+"""Codes of product quantization that are looked up at once."""
+
 
 def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
     """The fp32 weight of a linear scheme: codes times scale.
@@ -20,7 +23,9 @@ def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
         codes: integers [rows, ...].
         scale: fp32 [rows], or [1] for the whole tensor.
     """
-    return codes.float() * _per_row(scale, codes)
+    if scale.requires_grad:
+        return codes.float() * _per_row(scale, codes)
+    return codes.to(torch.float32, copy=True).mul_(_per_row(scale, codes))  # in place: half of the memory
 
 
 def decode_binary(codes: Tensor, levels: Tensor) -> Tensor:
@@ -44,7 +49,14 @@ def decode_pq(codes: Tensor, codebook: Tensor, shape: Sequence[int], scale: Tens
         scale: fp32 [1] or [K], which an int8 codebook is multiplied with; None for a codebook of floats.
     """
     centroids = codebook.float() if scale is None else dequantize(codebook, scale)
-    return functional.embedding(codes.long(), centroids).reshape(tuple(shape))
+    if centroids.requires_grad:
+        return functional.embedding(codes.int(), centroids).reshape(tuple(shape))
+    flat = codes.reshape(-1)
+    blocks = centroids.new_empty(len(flat), centroids.shape[1])
+    for start in range(0, len(flat), _SLICE):  # numbers of four bytes for a slice of the codes, not for all
+        part = slice(start, start + _SLICE)
+        torch.index_select(centroids, 0, flat[part].int(), out=blocks[part])
+    return blocks.reshape(tuple(shape))
 
 
 def _per_row(values: Tensor, like: Tensor) -> Tensor:

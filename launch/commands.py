@@ -85,12 +85,18 @@ def read_chunks(stream: BinaryIO) -> Iterator[list[str]]:
     Raises:
         ValueError: invalid UTF-8, after the lines before it; names the line.
     """
-    number, rest, read = 0, b"", getattr(stream, "read1", stream.read)
+    number, read = 0, getattr(stream, "read1", stream.read)
+    begun: list[bytes] = []  # blocks of a line that goes on; joined once, since a line may be long
     while True:
         block = read(CHUNK)
-        *complete, rest = (rest + block).split(b"\n")
-        if not block and rest:
-            complete, rest = [rest], b""
+        first, *others = block.split(b"\n")
+        begun.append(first)
+        complete: list[bytes] = []
+        if others:
+            *whole, rest = others
+            complete, begun = [b"".join(begun), *whole], [rest]
+        elif not block and any(begun):
+            complete = [b"".join(begun)]
         lines: list[str] = []
         for raw in complete:
             number += 1

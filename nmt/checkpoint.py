@@ -87,7 +87,7 @@ def damage_of(folder: Path) -> str | None:
         items = list(sums.items())
     except FileNotFoundError:
         return f"{folder}: no such checkpoint"
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):  # RecursionError: JSON of a thousand brackets
         return f"{folder / SUMS}: damaged"
     for name, expected in items:
         path = folder / name
@@ -95,9 +95,10 @@ def damage_of(folder: Path) -> str | None:
             return f"{path}: missing from the checkpoint"
         if sha256(path) != expected:
             return f"{path}: damaged (its checksum differs)"
-    ranks = {f"rank-{rank}.pt" for rank in range(_world(folder))}
-    for name in sorted(ranks - sums.keys()):
-        return f"{folder / name}: missing from the checkpoint"
+    needed = [MODEL, STATE, *(f"rank-{rank}.pt" for rank in range(_world(folder)))]
+    for name in needed:
+        if name not in sums:
+            return f"{folder / name}: missing from the checkpoint"
     return None
 
 

@@ -7,7 +7,7 @@ A bad value raises `ValueError("key: what is wrong; valid choices")`; the recipe
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -89,13 +89,20 @@ class ModelConfig:
     def described(cls, metadata: Mapping[str, Any], file: Path) -> ModelConfig:
         """The settings that an artefact's metadata describe; the file is named in errors.
 
+        They come from anybody, and fairseq takes options as they are: files to read embeddings from are left out, since
+        the weights follow, and so are layers to keep; sizes and shares must be numbers that a model can have.
+
         Raises:
             ValueError: they describe no model.
         """
         try:
-            return cls(**metadata["model"])
+            config = cls(**metadata["model"])
+            _hold_options(config.extra)
+            extra = {key: value for key, value in config.extra.items() if key not in _LEFT_OUT}
+            return replace(config, extra=extra)
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{file}: its metadata describe no model ({error})") from None
+            reason = str(error) if str(error).isprintable() else ascii(str(error))
+            raise ValueError(f"{file}: its metadata describe no model ({reason[:300]})") from None
 
     def __post_init__(self) -> None:
         for key in ("encoder_layers", "decoder_layers", "embed_dim", "ffn_dim", "attention_heads"):
@@ -113,6 +120,28 @@ class ModelConfig:
                 f"must divide embed_dim ({self.embed_dim}), is {self.attention_heads}",
             )
         require(self.embed_dim is None or self.embed_dim % 2 == 0, "embed_dim", "must be even (sinusoidal positions)")
+
+
+MAX_POSITIONS = 100_000
+"""Positions that an artefact may ask for: where fairseq's sinusoids end."""
+_SIDES = ("encoder", "decoder")
+_LEFT_OUT = tuple(f"{side}_{option}" for side in _SIDES for option in ("embed_path", "layers_to_keep"))
+_SIZES = tuple(f"{side}_{size}" for side in _SIDES for size in ("embed_dim", "ffn_embed_dim", "attention_heads"))
+_SHARES = ("dropout", "attention_dropout", "activation_dropout", "encoder_layerdrop", "decoder_layerdrop")
+
+
+def _hold_options(extra: Mapping[str, Any]) -> None:
+    """Refuse what no model can have of fairseq's options, which it checks only when a sentence comes."""
+    for key in _SIZES:
+        value = extra.get(key, 1)
+        require(type(value) is int and value >= 1, key, f"must be a whole number of at least 1, is {value!r}")
+    for key in _SHARES:
+        value = extra.get(key, 0)
+        require(type(value) in (int, float) and 0 <= value <= 1, key, f"must be a number in [0, 1], is {value!r}")
+    for key in ("max_source_positions", "max_target_positions"):
+        value = extra.get(key)  # None is fairseq's 1,024
+        good = value is None or (type(value) is int and 2 <= value <= MAX_POSITIONS)
+        require(good, key, f"must be a whole number from 2 to {MAX_POSITIONS}, is {value!r}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,22 +9,29 @@ map, whose candidates are those of the whole batch, they keep the output layer n
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .config import DIRECTIONS, DecodeConfig
-from .subwords import MAX_SOURCE_TOKENS, Subwords
+from .subwords import MAX_SOURCE_TOKENS, PAD, Subwords
+from .vocabulary_map import VMAP
 
 CARD = "tenko.json"
-"""What tenko keeps beside CTranslate2's own files: direction, quantization, whether there is a vocabulary map."""
+"""What tenko keeps beside CTranslate2's own files: direction, quantization, whether there is a vocabulary map, and the
+other files' sizes and sums."""
 FORMAT = 1
+FILES = ("model.bin", "config.json", "shared_vocabulary.json", "spm.model")
+"""What a model folder has besides, to translate."""
 QUANTIZATIONS = {"int8": "int8", "int16": "int16", "fp32": "float32"}
 """What weights are stored as, and CTranslate2's word for it."""
 
+BLANK = "<blank>"
+"""CTranslate2's name of what it pads with; it has the id of fairseq's <pad>."""
 BATCH_TOKENS = 512
 """Source tokens of a batch, padding included, where `DecodeConfig.max_tokens` allows as many."""
 MAPPED_BATCH_TOKENS = 256
@@ -42,7 +49,8 @@ class CTranslate2Translator:
         device: cpu or cuda.
 
     Raises:
-        ValueError: the folder isn't such a model, or is damaged; the device isn't there.
+        DamagedModel: the folder is no such model, or not as it was written, or CTranslate2 can't load it.
+        ValueError: the device isn't there.
     """
 
     def __init__(self, folder: Path | str, *, threads: int | None = None, device: str = "cpu") -> None:
@@ -57,9 +65,11 @@ class CTranslate2Translator:
         """Subwords of all hypotheses so far, ends of sentences included."""
         self.cut: list[int] = []
         """Which of the last sentences were cut, at `MAX_SOURCE_TOKENS`."""
+        hold_files(self.folder, card)
         self.subwords = Subwords(self.folder / "spm.model")
-        self._pieces = self.subwords.pieces()
-        self._ids = {piece: index for index, piece in enumerate(self._pieces)}
+        self._tokens = vocabulary(self.subwords.pieces())
+        self._ids = {token: index for index, token in enumerate(self._tokens)}
+        hold_vocabulary(self.folder, self._tokens)
         if device == "cuda" and not ctranslate2.get_cuda_device_count():
             raise ValueError("--device: cuda is not available to CTranslate2 here; valid: cpu")
         self.threads = threads or len(os.sched_getaffinity(0))
@@ -69,7 +79,7 @@ class CTranslate2Translator:
                 str(self.folder), device=device, inter_threads=self.threads if device == "cpu" else 1, intra_threads=1
             )
         except (RuntimeError, ValueError) as error:
-            raise ValueError(f"{self.folder}: CTranslate2 cannot load it ({' '.join(str(error).split())})") from None
+            raise DamagedModel(f"{self.folder}: CTranslate2 cannot load it ({' '.join(str(error).split())})") from None
 
     def translate(
         self,
@@ -126,35 +136,112 @@ class CTranslate2Translator:
         # As long as `fairseq_bridge.Beam` lets a translation grow: twice the longest source, its </s> counted, and 20.
         longest = min(2 * (len(batch[0]) + 1) + 20, MAX_TARGET_TOKENS)
         return self._model.translate_batch(
-            [[self._pieces[token] for token in source] for source in batch],
+            [[self._tokens[token] for token in source] for source in batch],
             asynchronous=True,
             beam_size=decode.beam,
             length_penalty=decode.length_penalty,
             max_input_length=0,
             max_decoding_length=longest,
             use_vmap=self.vocabulary_map,
+            suppress_sequences=[[BLANK]],  # as fairseq never says <pad>
         )
+
+
+class DamagedModel(ValueError):
+    """A folder's files are not those that were written."""
+
+
+def vocabulary(pieces: Sequence[str]) -> list[str]:
+    """CTranslate2's entries by id, of sentencepiece's."""
+    return [BLANK if index == PAD else piece for index, piece in enumerate(pieces)]
+
+
+def sums_of(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size in bytes and sha256 of each file in a folder, by name, for its card."""
+    return {
+        file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+        for file in sorted(folder.iterdir())
+        if file.name != CARD
+    }
+
+
+def hold_files(folder: Path, card: Mapping[str, Any]) -> None:
+    """Hold a model folder's files to its card, before CTranslate2, which trusts them, is given them.
+
+    Folders of earlier versions have no sums: their files are only looked at.
+
+    Raises:
+        DamagedModel: one is missing, or not as it was written; names it.
+    """
+    sums: Mapping[str, Any] = card.get("files", {})
+    for name in sorted({*FILES, *([VMAP] if card["vocabulary_map"] else []), *sums}):
+        file = folder / name
+        if not file.is_file():
+            raise DamagedModel(f"{file}: missing")
+        if name in sums:
+            size, wanted = file.stat().st_size, sums[name]
+            if size != wanted["bytes"]:
+                raise DamagedModel(f"{file}: damaged (has {size:,} bytes, {CARD} says {wanted['bytes']:,})")
+            if _sha256(file) != wanted["sha256"]:
+                raise DamagedModel(f"{file}: damaged (its checksum differs)")
+    if (folder / VMAP).exists() and not card["vocabulary_map"]:
+        raise DamagedModel(f"{folder / VMAP}: is no part of the model, says {CARD}")
+
+
+def hold_vocabulary(folder: Path, tokens: Sequence[str]) -> None:
+    """Hold the vocabulary of a model folder, and of its map, to the subwords': CTranslate2 crashes with another.
+
+    Raises:
+        DamagedModel: it is another; names the file.
+    """
+    file = folder / "shared_vocabulary.json"
+    try:
+        found = json.loads(file.read_bytes())
+    except (ValueError, RecursionError):
+        raise DamagedModel(f"{file}: damaged: no JSON") from None
+    if found != tokens:
+        raise DamagedModel(f"{file}: its entries are not those of spm.model")
+    if not (folder / VMAP).is_file():
+        return
+    known = {*tokens, ""}
+    for line in (folder / VMAP).read_bytes().removesuffix(b"\n").split(b"\n"):
+        source, *targets = line.decode("utf-8", "replace").split("\t")
+        if len(targets) != 1 or source not in known or not known.issuperset(targets[0].split(" ")):
+            raise DamagedModel(f"{folder / VMAP}: damaged, or of other subwords")
+
+
+_SUMS = {"bytes": int, "sha256": str}
+"""What a card says of each file."""
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def read_card(folder: Path) -> dict[str, Any]:
     """`tenko.json` of a model folder that `tenko export --format ctranslate2` wrote.
 
     Raises:
-        ValueError: the folder or the file is missing or malformed, or from a newer tenko.
+        DamagedModel: the folder or the file is missing or malformed, or from a newer tenko.
     """
     file = folder / CARD
     try:
         card = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{folder}: no model of `tenko export --format ctranslate2` ({CARD} is missing)") from None
-    except ValueError:
-        raise ValueError(f"{file}: damaged: no JSON") from None
+        raise DamagedModel(f"{folder}: no model of `tenko export --format ctranslate2` ({CARD} is missing)") from None
+    except (ValueError, RecursionError):  # RecursionError: JSON of a thousand brackets
+        raise DamagedModel(f"{file}: damaged: no JSON") from None
     wanted = {"format": int, "direction": str, "quantization": str, "vocabulary_map": bool}
     for key, kind in wanted.items():
         if not isinstance(card, dict) or not isinstance(card.get(key), kind):
-            raise ValueError(f"{file}: damaged: has no {key!r}")
+            raise DamagedModel(f"{file}: damaged: has no {key!r}")
     if card["format"] > FORMAT:
-        raise ValueError(f"{file}: format {card['format']} is newer than this tenko reads ({FORMAT}); update tenko")
+        raise DamagedModel(f"{file}: format {card['format']} is newer than this tenko reads ({FORMAT}); update tenko")
     if card["direction"] not in DIRECTIONS:
-        raise ValueError(f"{file}: unknown direction {card['direction']!r}; valid are {', '.join(DIRECTIONS)}")
+        raise DamagedModel(f"{file}: unknown direction {card['direction']!r}; valid are {', '.join(DIRECTIONS)}")
+    sums = card.get("files", {})
+    for name, entry in sums.items() if isinstance(sums, dict) else [("files", sums)]:
+        if "/" in name or not isinstance(entry, dict) or [type(entry.get(key)) for key in _SUMS] != [*_SUMS.values()]:
+            raise DamagedModel(f"{file}: damaged: has no size and sum of {name!r}")
     return card

@@ -2,7 +2,8 @@
 
 Every tensor of the artefact must find its place in CTranslate2's specification, and every place its tensor, of the
 right shape: a model with parts that CTranslate2 doesn't know is refused instead of translating something else.
-CTranslate2 quantizes to int8 as the artefact does (symmetric, a scale a row), so int8 artefacts keep their codes.
+CTranslate2 quantizes to int8 with a scale a row, as an artefact of granularity `channel` does: such a one keeps its
+codes. One of granularity `tensor` gets scales, and codes, of its rows.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import math
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,17 +21,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tenko.compression.container import artefact_file
-from tenko.compression.packed import read_artefact
-
-from .config import DIRECTIONS, ModelConfig
-from .ctranslate2_engine import CARD, FORMAT, QUANTIZATIONS
-from .subwords import PAD, Subwords
+from .artefact_model import DICTIONARY, SUBWORDS, read_folder
+from .config import ModelConfig
+from .ctranslate2_engine import CARD, FORMAT, QUANTIZATIONS, sums_of, vocabulary
+from .subwords import PAD
 from .vocabulary_map import VMAP, VocabularyMap
 
 MAX_POSITIONS = 1024
 """Positions of encoder and decoder, as `fairseq_bridge.model_args` sets them."""
-_COPIED = ("spm.model", "dict.txt")
+_LEFT_SECONDS = 3600
+"""After so long nobody writes any more."""
 _ACTIVATIONS = {"relu": "RELU", "gelu": "GELU", "gelu_accurate": "GELUTanh", "gelu_fast": "GELUTanh", "swish": "SWISH"}
 """fairseq's activations by the name of CTranslate2's."""
 # Buffers that hold no weights: a format version, and the dtype of sinusoidal positions.
@@ -58,25 +59,15 @@ def export_ctranslate2(
     artefact_dir, out_dir = Path(artefact_dir), Path(out_dir)
     if quantization not in QUANTIZATIONS:
         raise ValueError(f"quantization: unknown {quantization!r}; valid are {', '.join(QUANTIZATIONS)}")
-    if not artefact_dir.is_dir():
-        raise ValueError(f"{artefact_dir}: no such artefact folder")
-    file = artefact_file(artefact_dir)
-    for name in _COPIED:
-        if not (artefact_dir / name).is_file():
-            raise ValueError(f"{artefact_dir / name}: missing; an artefact has {', '.join((file.name, *_COPIED))}")
-    state, metadata = read_artefact(artefact_dir)
-    pieces = Subwords(artefact_dir / "spm.model").pieces()
-    direction = metadata.get("direction")
-    if direction not in DIRECTIONS:
-        raise ValueError(f"{file}: unknown direction {direction!r}; valid are {', '.join(DIRECTIONS)}")
-    config = ModelConfig.described(metadata, file)
+    artefact = read_folder(artefact_dir)
+    pieces = artefact.subwords.pieces()
     try:
-        spec = specification(config, state, pieces)
+        spec = specification(artefact.config, artefact.state, pieces)
     except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
-    card = {
+        raise ValueError(f"{artefact.file}: {error}") from None
+    card: dict[str, Any] = {
         "format": FORMAT,
-        "direction": direction,
+        "direction": artefact.direction,
         "quantization": quantization,
         "vocabulary_map": vocabulary_map is not None,
     }
@@ -86,8 +77,9 @@ def export_ctranslate2(
         spec.save(str(folder))
         if vocabulary_map is not None:
             vocabulary_map.write(folder / VMAP, pieces)
-        for name in _COPIED:
+        for name in (SUBWORDS, DICTIONARY):
             shutil.copyfile(artefact_dir / name, folder / name)
+        card["files"] = sums_of(folder)
         (folder / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
     return out_dir
 
@@ -105,7 +97,11 @@ def specification(config: ModelConfig, state: dict[str, Tensor], pieces: list[st
     """
     from ctranslate2.specs import common_spec, transformer_spec
 
-    heads, activation = _heads(config), str(config.extra.get("activation_fn", "relu"))
+    sizes, activation = _sizes(config), str(config.extra.get("activation_fn", "relu"))
+    heads = sizes["encoder_attention_heads"]
+    if heads != sizes["decoder_attention_heads"]:
+        decoder = sizes["decoder_attention_heads"]
+        raise ValueError(f"CTranslate2 wants {heads} attention heads in the decoder as in the encoder, not {decoder}")
     if activation not in _ACTIVATIONS:
         valid = ", ".join(_ACTIVATIONS)
         raise ValueError(f"CTranslate2 has no activation {activation}; it has {valid} (--engine fairseq has them all)")
@@ -113,9 +109,11 @@ def specification(config: ModelConfig, state: dict[str, Tensor], pieces: list[st
         raise ValueError("CTranslate2 has no model without positions; --engine fairseq has")
     if config.extra.get("cross_self_attention"):
         raise ValueError("CTranslate2 has no attention to source and target at once; --engine fairseq has")
-    layers = [
-        len({n.split(".")[2] for n in state if n.startswith(f"{side}.layers.")}) for side in ("encoder", "decoder")
-    ]
+    layers = []
+    for side in ("encoder", "decoder"):
+        layers.append(len({name.split(".")[2] for name in state if name.startswith(f"{side}.layers.")}))
+        if layers[-1] != sizes[f"{side}_layers"]:
+            raise ValueError(f"{sizes[f'{side}_layers']} layers in the {side}; the tensors have {layers[-1]}")
     spec = transformer_spec.TransformerSpec.from_config(
         tuple(layers),
         heads,
@@ -125,7 +123,7 @@ def specification(config: ModelConfig, state: dict[str, Tensor], pieces: list[st
         alignment_heads=0,
         layernorm_embedding="encoder.layernorm_embedding.weight" in state,
     )
-    weights = _Weights(state, vocabulary=len(pieces))
+    weights = _Weights(state, width=sizes["encoder_embed_dim"])
     if weights.width % heads:
         raise ValueError(f"{heads} attention heads do not divide the width {weights.width}")
     scale = 1.0 if config.extra.get("no_scale_embedding") else math.sqrt(weights.width)
@@ -135,45 +133,45 @@ def specification(config: ModelConfig, state: dict[str, Tensor], pieces: list[st
         part.scale_embeddings = scale
         part.position_encodings.encodings = weights.positions(side)
         for index, layer in enumerate(part.layer):
-            weights.layer(layer, f"{side}.layers.{index}", with_encoder=side == "decoder")
+            weights.layer(layer, f"{side}.layers.{index}", sizes[f"{side}_ffn_embed_dim"], of=side)
         for norm in ("layer_norm", "layernorm_embedding"):
             if hasattr(part, norm):
                 weights.norm(getattr(part, norm), f"{side}.{norm}")
-    weights.linear(spec.decoder.projection, "decoder.output_projection", len(pieces), weights.width)
+    projection = "decoder.output_projection"
+    weights.linear(spec.decoder.projection, projection, len(pieces), weights.width, bias=f"{projection}.bias" in state)
     weights.expect_all_taken()
-    # CTranslate2 pads with <blank>, which has fairseq's <pad>'s id.
-    vocabulary = ["<blank>" if index == PAD else piece for index, piece in enumerate(pieces)]
-    spec.register_source_vocabulary(vocabulary)
-    spec.register_target_vocabulary(vocabulary)
+    spec.register_source_vocabulary(vocabulary(pieces))
+    spec.register_target_vocabulary(vocabulary(pieces))
     spec.config.decoder_start_token = spec.config.eos_token
     spec.config.add_source_eos = True
     return spec
 
 
-def _heads(config: ModelConfig) -> int:
-    names = ("encoder_attention_heads", "decoder_attention_heads")
-    encoder, decoder = (config.extra.get(name, config.attention_heads) for name in names)
-    if encoder is None or decoder is None:  # the architecture says; fairseq takes seconds to import
+def _sizes(config: ModelConfig) -> dict[str, int]:
+    """Layers, widths and heads of both sides, by fairseq's names."""
+    ours: dict[str, Any] = {"encoder_layers": config.encoder_layers, "decoder_layers": config.decoder_layers}
+    for side in ("encoder", "decoder"):
+        ours[f"{side}_embed_dim"] = config.embed_dim
+        ours[f"{side}_ffn_embed_dim"] = config.ffn_dim
+        ours[f"{side}_attention_heads"] = config.attention_heads
+    sizes = {name: config.extra.get(name, value) for name, value in ours.items()}
+    if None in sizes.values():  # the architecture says; fairseq takes seconds to import
         from .fairseq_bridge import model_args
 
         args = model_args(config)
-        encoder, decoder = (args[name] for name in names)
-    if not isinstance(encoder, int) or encoder < 1:
-        raise ValueError(f"attention heads must be a whole number of at least 1, are {encoder!r}")
-    if encoder != decoder:
-        raise ValueError(f"CTranslate2 wants {encoder} attention heads in the decoder as in the encoder, not {decoder}")
-    return encoder
+        sizes = {name: args[name] for name in sizes}
+    for name, value in sizes.items():
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, is {value!r}")
+    return sizes
 
 
 class _Weights:
     """A fairseq transformer's tensors on their way into a specification, each taken once."""
 
-    def __init__(self, state: dict[str, Tensor], *, vocabulary: int) -> None:
+    def __init__(self, state: dict[str, Tensor], *, width: int) -> None:
         self._left = {name: tensor for name, tensor in state.items() if not name.endswith(_NO_WEIGHTS)}
-        table = self._left.get("encoder.embed_tokens.weight")
-        if table is None or table.dim() != 2:
-            raise ValueError("misses tensor encoder.embed_tokens.weight")
-        self.width = table.shape[1]
+        self.width = width
 
     def take(self, name: str, *shape: int | None) -> Any:
         """The tensor as numpy's, once; a dimension of None may have any length."""
@@ -185,11 +183,11 @@ class _Weights:
             raise ValueError(f"tensor {name} has shape {list(tensor.shape)}, not [{wanted}]")
         return tensor.float().numpy()
 
-    def linear(self, spec: Any, name: str, rows: int | None, columns: int | None) -> None:
-        """A matrix, with its bias if it has one."""
+    def linear(self, spec: Any, name: str, rows: int, columns: int, *, bias: bool = True) -> None:
+        """A matrix, with its bias."""
         spec.weight = self.take(f"{name}.weight", rows, columns)
-        if f"{name}.bias" in self._left:
-            spec.bias = self.take(f"{name}.bias", spec.weight.shape[0])
+        if bias:
+            spec.bias = self.take(f"{name}.bias", rows)
 
     def norm(self, spec: Any, name: str) -> None:
         """A layer norm."""
@@ -208,14 +206,14 @@ class _Weights:
         self.linear(spec.linear[-1], f"{name}.out_proj", self.width, self.width)
         self.norm(spec.layer_norm, f"{name}_layer_norm")
 
-    def layer(self, spec: Any, name: str, *, with_encoder: bool) -> None:
-        """A layer of encoder or decoder."""
+    def layer(self, spec: Any, name: str, inner: int, *, of: str) -> None:
+        """A layer of encoder or decoder; `inner` is the width of its feed-forward block."""
         self.attention(spec.self_attention, f"{name}.self_attn", ("qkv",))
-        if with_encoder:
+        if of == "decoder":
             self.attention(spec.attention, f"{name}.encoder_attn", ("q", "kv"))
         self.norm(spec.ffn.layer_norm, f"{name}.final_layer_norm")
-        self.linear(spec.ffn.linear_0, f"{name}.fc1", None, self.width)
-        self.linear(spec.ffn.linear_1, f"{name}.fc2", self.width, len(spec.ffn.linear_0.weight))
+        self.linear(spec.ffn.linear_0, f"{name}.fc1", inner, self.width)
+        self.linear(spec.ffn.linear_1, f"{name}.fc2", self.width, inner)
 
     def positions(self, side: str) -> Any:
         """Encodings [position, width]: learned, or fairseq's sinusoids; positions begin behind padding's id."""
@@ -235,8 +233,8 @@ class _Weights:
 
 @contextlib.contextmanager
 def _written_beside(folder: Path) -> Iterator[Path]:
-    """A folder to fill, renamed to `folder` at the end; removed if that fails."""
-    beside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    """A folder to fill, renamed to `folder` at the end; removed if that fails, with an OSError that names `folder`."""
+    beside = folder.with_name(f".{folder.name}.{_node()}-{os.getpid()}.tmp")
     try:
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
@@ -250,5 +248,28 @@ def _written_beside(folder: Path) -> Iterator[Path]:
             if not folder.is_dir() or not any(folder.iterdir()):
                 raise
             # Somebody else was quicker: the folder is never half-written, so theirs is as good.
+    except OSError as error:  # a full disk is reported by write(), which knows no file name
+        raise OSError(error.errno, error.strerror or str(error), str(folder)) from None
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def sweep(folder: Path, names: str) -> None:
+    """Delete what killed processes have left half-written in a folder that others may be writing to.
+
+    Args:
+        folder: a cache.
+        names: shell pattern of the folders' names; those of this machine go when their process is gone, any after an
+            hour.
+    """
+    for left in folder.glob(f".{names}.tmp"):
+        node, _, process = left.name.removesuffix(".tmp").rpartition(".")[2].rpartition("-")
+        with contextlib.suppress(OSError, ValueError):
+            ours = node in ("", _node())  # none: as earlier versions named them
+            gone = ours and not Path("/proc", str(int(process))).exists()
+            if gone or time.time() - left.stat().st_mtime > _LEFT_SECONDS:
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def _node() -> str:
+    return os.uname().nodename.partition(".")[0]

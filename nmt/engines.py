@@ -1,13 +1,15 @@
 """Which program translates: CTranslate2, converted on first use, or fairseq's own beam search.
 
-A converted model is kept in a cache under a name made of the hash of all it came from, so a stale one is never used.
-Once it is there, neither torch nor fairseq is imported: a translation begins in a fraction of a second.
+A converted model is kept in a cache under a name made of the hash of all it came from, so a stale one is never used;
+one that is damaged is converted anew. Once it is there, neither torch nor fairseq is imported: a translation begins in
+a fraction of a second.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
+import logging
 import os
 import shutil
 import tempfile
@@ -17,12 +19,16 @@ from typing import Protocol
 
 from . import vocabulary_map
 from .config import DecodeConfig
-from .ctranslate2_engine import CARD, FORMAT, CTranslate2Translator
+from .ctranslate2_engine import CARD, FORMAT, CTranslate2Translator, DamagedModel
 
 ENGINES = ("ctranslate2", "fairseq")
 CACHE = "TENKO_CACHE"
 """Environment variable: the folder of converted models, in place of `$XDG_CACHE_HOME/tenko` or `~/.cache/tenko`."""
+_SUMS = 2
+"""Version of what a converted model's card holds: one without sums isn't taken from a cache."""
 _MODEL_FILES = ("model.safetensors", "model.safetensors.zst")  # as container.py has them, which imports torch
+
+logger = logging.getLogger(__name__)
 
 
 class Engine(Protocol):
@@ -96,9 +102,17 @@ def load(
         from .translate import Translator
 
         return Translator.load(model, threads=threads, device=device)
-    converted = (model / CARD).is_file()
-    folder = model if converted else _convert_once(model, quantization, cache)
-    return CTranslate2Translator(folder, threads=threads, device=device)
+    if (model / CARD).is_file():
+        return CTranslate2Translator(model, threads=threads, device=device)
+    name = f"ct2-{quantization}-{_fingerprint(model)}"
+    folders = [cache] if cache is not None else [model, user_cache()]
+    for folder in [folder / name for folder in folders if (folder / name).exists()]:
+        try:
+            return CTranslate2Translator(folder, threads=threads, device=device)
+        except DamagedModel as error:
+            logger.info("%s; converting the model anew", error)
+            shutil.rmtree(folder, ignore_errors=True)
+    return CTranslate2Translator(_convert(model, quantization, folders, name), threads=threads, device=device)
 
 
 def user_cache() -> Path:
@@ -125,13 +139,9 @@ def _temporary_cache() -> Path:
 _temporary: tempfile.TemporaryDirectory[str] | None = None
 
 
-def _convert_once(artefact: Path, quantization: str, cache: Path | None) -> Path:
-    name = f"ct2-{quantization}-{_fingerprint(artefact)}"
-    folders = [cache] if cache is not None else [artefact, user_cache()]
-    for folder in folders:
-        if (folder / name / CARD).is_file():
-            return folder / name
-    from .ctranslate2_model import export_ctranslate2
+def _convert(artefact: Path, quantization: str, folders: Sequence[Path], name: str) -> Path:
+    """Write the model as `name` into the first of the folders that can be written."""
+    from .ctranslate2_model import export_ctranslate2, sweep
 
     mapped = None
     if (artefact / vocabulary_map.FILE).is_file():
@@ -143,13 +153,14 @@ def _convert_once(artefact: Path, quantization: str, cache: Path | None) -> Path
     if target == artefact:
         for stale in artefact.glob(f"ct2-{quantization}-*"):
             shutil.rmtree(stale, ignore_errors=True)
+    sweep(target, "ct2-*")
     return export_ctranslate2(artefact, target / name, quantization=quantization, vocabulary_map=mapped)
 
 
 def _fingerprint(artefact: Path) -> str:
     """A hash of all files that the converted model depends on."""
     files = [artefact / name for name in (*_MODEL_FILES, "spm.model", "dict.txt", vocabulary_map.FILE)]
-    digest = hashlib.sha256(f"format {FORMAT}".encode())
+    digest = hashlib.sha256(f"format {FORMAT}, sums {_SUMS}".encode())
     found = [file for file in files if file.is_file()]
     if not any(file.name in _MODEL_FILES for file in found):
         either = " or ".join(_MODEL_FILES)

@@ -14,7 +14,7 @@ import contextlib
 import os
 import shutil
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,19 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tenko.compression.packed import artefact_file, read_artefact
-
-from .config import DIRECTIONS, ModelConfig
-from .subwords import Subwords
-
-DICTIONARY, SUBWORDS = "dict.txt", "spm.model"
+from .artefact_model import DICTIONARY, SUBWORDS, check_model, read_folder
 
 
 def export_fairseq(artefact_dir: Path, out_dir: Path) -> Path:
     """Write `model.pt`, `dict.en.txt`, `dict.cs.txt` and `spm.model` into `out_dir`; return the path of `model.pt`.
 
     Packed tensors are decoded: the checkpoint holds the dense fp32 weights that tenko itself translates with. Text goes
-    in and out as sentencepiece pieces (`--remove-bpe sentencepiece`). Files are replaced atomically, `model.pt` last.
+    in and out as sentencepiece pieces (`--remove-bpe sentencepiece`). All files are written beside first, then renamed,
+    `model.pt` last: of an export that fails nothing is left.
 
     Raises:
         ValueError: one line with the file and what is wrong: the artefact is missing, damaged, or its parts don't fit.
@@ -42,11 +38,11 @@ def export_fairseq(artefact_dir: Path, out_dir: Path) -> Path:
     """
     artefact_dir, out_dir = Path(artefact_dir), Path(out_dir)
     state, source, target, args = _load(artefact_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    for name, copy in ((DICTIONARY, "dict.en.txt"), (DICTIONARY, "dict.cs.txt"), (SUBWORDS, SUBWORDS)):
-        _replace(out_dir / copy, partial(shutil.copyfile, artefact_dir / name))
-    checkpoint = fairseq_checkpoint(state, args, source, target)
-    _replace(out_dir / "model.pt", partial(torch.save, checkpoint))
+    copies = ((DICTIONARY, "dict.en.txt"), (DICTIONARY, "dict.cs.txt"), (SUBWORDS, SUBWORDS))
+    writers: dict[str, Callable[[Path], object]]
+    writers = {copy: partial(shutil.copyfile, artefact_dir / name) for name, copy in copies}
+    writers["model.pt"] = partial(torch.save, fairseq_checkpoint(state, args, source, target))
+    _write_all(out_dir, writers)
     return out_dir / "model.pt"
 
 
@@ -76,38 +72,41 @@ def fairseq_checkpoint(state: dict[str, Tensor], args: dict[str, Any], source: s
 
 def _load(folder: Path) -> tuple[dict[str, Tensor], str, str, dict[str, Any]]:
     """State, source, target and options of the artefact, checked to fit each other."""
-    from .artefact_model import check_model  # seconds to import
-    from .fairseq_bridge import load_dictionary, model_args
+    artefact = read_folder(folder)
+    check_model(artefact.config, folder, artefact.state)
+    from .fairseq_bridge import model_args  # seconds to import
 
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such artefact folder")
-    file = artefact_file(folder)
-    for name in (DICTIONARY, SUBWORDS):
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder / name}: missing; an artefact has {file.name}, {DICTIONARY} and {SUBWORDS}")
-    state, metadata = read_artefact(folder)
-    direction = metadata.get("direction")
-    if direction not in DIRECTIONS:
-        raise ValueError(f"{file}: unknown direction {direction!r}; valid are {', '.join(DIRECTIONS)}")
-    config = ModelConfig.described(metadata, file)
-    pieces, symbols = Subwords(folder / SUBWORDS).pieces(), load_dictionary(folder / DICTIONARY).symbols
-    if pieces != symbols:
-        raise ValueError(f"{folder / DICTIONARY}: its {len(symbols)} entries are not the {len(pieces)} of {SUBWORDS}")
-    check_model(config, folder, state)
-    source, target = direction.split("-")
-    return state, source, target, model_args(config)
+    source, target = artefact.direction.split("-")
+    return artefact.state, source, target, model_args(artefact.config)
 
 
-def _replace(file: Path, write: Callable[[Path], object]) -> None:
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+def _write_all(folder: Path, writers: Mapping[str, Callable[[Path], object]]) -> None:
+    """Write files by name, all of them or none, and the folder if it is missing."""
+    made = not folder.exists()
+    beside = {name: folder / f".{name}.{os.getpid()}.tmp" for name in writers}
     try:
-        write(temporary)
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, file)
-    except (OSError, RuntimeError) as error:
-        # torch.save reports a full disk as RuntimeError.
-        raise OSError(f"{file}: could not be written ({getattr(error, 'strerror', None) or error})") from None
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, write in writers.items():
+            with _named(folder / name):
+                write(beside[name])
+                with open(beside[name], "rb") as written:
+                    os.fsync(written.fileno())
+        for name, temporary in beside.items():
+            with _named(folder / name):
+                os.replace(temporary, folder / name)
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        for temporary in beside.values():
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+        if made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # if it is empty
+
+
+@contextlib.contextmanager
+def _named(file: Path) -> Iterator[None]:
+    """Says of a failure which file couldn't be written; torch.save reports a full disk as RuntimeError."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        raise OSError(f"{file}: could not be written ({getattr(error, 'strerror', None) or error})") from None

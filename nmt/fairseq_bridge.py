@@ -323,8 +323,15 @@ class Beam:
 
     @torch.no_grad()
     def generate(self, sample: dict[str, Any]) -> list[tuple[int, list[int]]]:
-        """(id, token ids without </s>) of the best hypothesis of each sentence of a collated batch."""
-        hypotheses = self.generator.generate([self.model], sample)
+        """(id, token ids without </s>) of the best hypothesis of each sentence of a collated batch.
+
+        Raises:
+            ValueError: the model's scores are NaN, so that no hypothesis can be chosen.
+        """
+        try:
+            hypotheses = self.generator.generate([self.model], sample)
+        except AssertionError as error:  # fairseq's, where every score is
+            raise ValueError("beam search found no translation: the model's scores are NaN or infinite") from error
         return [
             (int(index), [t for t in best[0]["tokens"].tolist() if t != EOS])
             for index, best in zip(sample["id"].tolist(), hypotheses, strict=True)

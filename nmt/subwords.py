@@ -89,6 +89,32 @@ class Subwords:
         lines = (f"{piece} 1\n" for piece in self.pieces()[len(SPECIALS) :])
         path.write_text("".join(lines), encoding="utf-8")
 
+    def hold_dictionary(self, path: Path) -> None:
+        """Hold a fairseq dictionary to these pieces, as `write_dictionary` writes them; it is read without fairseq.
+
+        Raises:
+            ValueError: it is missing, malformed, or lists others, so that an id would mean two things; names the file.
+        """
+        symbols, pieces, name = list(SPECIALS), self.pieces(), self.path.name
+        try:
+            with path.open(encoding="utf-8") as file:
+                for line in file:
+                    symbol, count = line.rstrip().rsplit(" ", 1)
+                    int(count)
+                    symbols.append(symbol)
+        except FileNotFoundError:
+            raise ValueError(f"{path}: missing") from None
+        except UnicodeDecodeError:
+            raise ValueError(f"{path}: not a readable fairseq dictionary (no UTF-8)") from None
+        except ValueError:
+            at = len(symbols) - len(SPECIALS) + 1
+            raise ValueError(f"{path}: not a readable fairseq dictionary (line {at} is no `subword count`)") from None
+        if len(symbols) != len(pieces):
+            raise ValueError(f"{path}: its {len(symbols)} entries are not the {len(pieces)} of {name}")
+        for index, (symbol, piece) in enumerate(zip(symbols, pieces, strict=True)):
+            if symbol != piece:
+                raise ValueError(f"{path}: its entries are not those of {name}: {index} is {symbol!r}, not {piece!r}")
+
 
 def train_subwords(sentences: Callable[[], Iterator[str]], path: Path, *, vocab_size: int) -> Subwords:
     """Train a BPE model of exactly `vocab_size` entries, special symbols included, and write it to `path`.

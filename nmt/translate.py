@@ -14,9 +14,9 @@ import torch
 
 from tenko.compression import attach_activations
 
-from .artefact_model import open_artefact
+from .artefact_model import DICTIONARY, SUBWORDS, open_artefact
 from .batches import to_device
-from .config import DIRECTIONS, DecodeConfig
+from .config import DecodeConfig
 from .fairseq_bridge import EOS, Beam, batch_by_tokens, collate
 from .subwords import MAX_SOURCE_TOKENS, Subwords
 
@@ -49,22 +49,19 @@ class Translator:
             device: cpu or cuda.
 
         Raises:
-            ValueError: a file is missing or damaged.
+            ValueError: a file is missing or damaged, or they don't fit each other; the message names it.
         """
         artefact = Path(artefact)
         if threads:
             torch.set_num_threads(threads)
         model, _, metadata = open_artefact(artefact)
-        subwords = Subwords(artefact / "spm.model")
-        direction = metadata.get("direction")
-        if direction not in DIRECTIONS:
-            raise ValueError(f"{artefact}: unknown direction {direction!r}; valid are {', '.join(DIRECTIONS)}")
         if metadata.get("activations"):  # trained with 8-bit inputs: translate with them
             try:
                 attach_activations(model, metadata["activations"])
             except (KeyError, TypeError, ValueError, AttributeError) as error:
                 raise ValueError(f"{artefact}: its ranges of activations do not fit the model ({error})") from None
-        return cls(model.to(device), subwords, artefact / "dict.txt", direction)
+        subwords, direction = Subwords(artefact / SUBWORDS), metadata["direction"]  # checked when it was opened
+        return cls(model.to(device), subwords, artefact / DICTIONARY, direction)
 
     def translate(
         self,

@@ -17,8 +17,10 @@ import safetensors.torch
 import torch
 from packed_files import METADATA, Document, Parts, every_scheme, example, rewrite
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tenko.compression import artefact_bytes, read_artefact, write_artefact
+from tenko.compression.schemes import decode_pq, dequantize
 
 
 def test_reading_gives_back_what_was_written(tmp_path: Path) -> None:
@@ -298,6 +300,35 @@ def test_files_of_others_and_missing_ones_are_refused(tmp_path: Path) -> None:
     file.write_bytes(safetensors.torch.save({"w": torch.ones(2)}, {"tenko": "[]"}))
     with pytest.raises(ValueError, match="no format version"):
         read_artefact(tmp_path)
+
+
+class Made(TorchDispatchMode):
+    """Bytes of the tensors that operations give, views and what is written in place left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.untyped_storage()._cdata not in self._seen:
+            self._seen.add(out.untyped_storage()._cdata)
+            self.sizes.append(out.untyped_storage().nbytes())
+        return out
+
+
+def test_decoding_takes_little_more_than_what_it_gives() -> None:
+    """A few bytes of zstd may claim a whole GiB of weights: two or three times that must not be needed on the way."""
+    codes = torch.zeros(1 << 11, 1 << 11, dtype=torch.uint8)
+    with Made() as made:
+        weight = decode_pq(codes, torch.ones(2, 1), codes.shape)
+    assert weight.shape == codes.shape
+    assert max(made.sizes) == weight.nbytes
+    assert sum(size > weight.nbytes // 3 for size in made.sizes) == 1, "numbers of all codes at once are as many bytes"
+    with Made() as made:
+        dequantize(codes, torch.ones(1))
+    assert made.sizes.count(weight.nbytes) == 1
 
 
 def test_settings_import_without_torch() -> None:

@@ -153,6 +153,15 @@ def test_the_scorer_agrees_with_the_decoder(small_corpus: Corpus) -> None:
     assert len(scores) > 8
 
 
+def test_scores_that_are_no_numbers_are_said_to_be(small_corpus: Corpus) -> None:
+    model = toy_model(small_corpus).eval()
+    torch.nn.init.constant_(model.decoder.layers[0].final_layer_norm.weight, torch.nan)
+    sample = collate([(0, np.array([5, 6, EOS]), None)])
+    for beam in (1, 4):
+        with pytest.raises(ValueError, match=r"\Abeam search found no translation: .* NaN or infinite\Z"):
+            Beam(model, small_corpus.dict_path, DecodeConfig(beam=beam)).generate(sample)
+
+
 def test_a_very_long_sentence_is_scored_and_translated(small_corpus: Corpus) -> None:
     model = toy_model(small_corpus).eval()
     tokens = np.array([*np.arange(1100) % 200 + 4, EOS])

@@ -73,12 +73,23 @@ def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
 
 def test_unreadable_sums_are_damage_and_a_missing_folder_is_said_to_be_missing(tmp_path: Path) -> None:
     folder = write(tmp_path, 7)
-    for content in ("{", "[]", ""):
+    for content in ("{", "[]", "", "[" * 5000):
         (folder / "checksums.json").write_text(content)
         with pytest.raises(ValueError, match=r"checksums\.json: damaged"):
             checkpoint.load(folder)
     with pytest.raises(ValueError, match=r"update-00000009: no such checkpoint\Z"):
         checkpoint.load(path_of(tmp_path, 9))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "state.pt"])
+def test_a_file_that_is_in_no_sum_is_missed(tmp_path: Path, name: str) -> None:
+    folder = write(tmp_path, 7)
+    sums = json.loads((folder / "checksums.json").read_text())
+    del sums[name]
+    (folder / "checksums.json").write_text(json.dumps(sums))
+    (folder / name).unlink()
+    with pytest.raises(ValueError, match=rf"\A{folder / name}: missing from the checkpoint"):
+        checkpoint.load(folder)
 
 
 def test_state_is_never_unpickled_as_code(tmp_path: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from packed_files import Document, Parts, rewrite
 from sentence_model import PAIRS, UNSEEN, write_sentence_model
 from toy_training import toy_config, toy_model
 
@@ -27,7 +30,7 @@ from tenko.nmt.ctranslate2_engine import CARD, CTranslate2Translator
 from tenko.nmt.ctranslate2_model import export_ctranslate2
 from tenko.nmt.evaluate import corpus_bleu
 from tenko.nmt.export import export_fairseq
-from tenko.nmt.subwords import Subwords
+from tenko.nmt.subwords import Subwords, train_subwords
 from tenko.nmt.translate import Translator
 from tenko.nmt.vocabulary_map import FILE, VMAP, VocabularyMap, vocabulary_map
 
@@ -233,6 +236,120 @@ def test_a_map_survives_its_file_and_refuses_others(tmp_path: Path) -> None:
         VocabularyMap.load(tmp_path / FILE, 2)
 
 
+def test_padding_is_never_said(plain: Path, tmp_path: Path) -> None:
+    """A model whose <pad> is the likeliest of all; fairseq's search never takes it."""
+    folder = Path(shutil.copytree(plain, tmp_path / "artefact"))
+    state, metadata = read_artefact(plain)
+    state["decoder.layers.0.final_layer_norm.bias"].fill_(1.0)
+    state["encoder.embed_tokens.weight"][1] = 10.0
+    write_artefact(folder, state, metadata={key: metadata[key] for key in ("direction", "model")})
+    fairseq = Translator.load(folder)
+    ours = CTranslate2Translator(export_ctranslate2(folder, tmp_path / "ct2", quantization="fp32"), threads=1)
+    greedy = DecodeConfig(beam=1)
+    assert ours.translate(LINES, decode=greedy) == fairseq.translate(LINES, decode=greedy)
+    # fairseq takes the rest's probabilities as they are, next to nothing each; CTranslate2 normalises them.
+    assert len(set(ours.translate(LINES))) > 20
+
+
+OPENED: dict[str, Callable[[Path, Path], object]] = {
+    "fairseq": lambda folder, out: Translator.load(folder),
+    "export fairseq": export_fairseq,
+    "export ctranslate2": export_ctranslate2,
+    "first use": lambda folder, out: engines.load(folder, engine="ctranslate2", threads=1),
+}
+
+
+def refused_by_all(folder: Path, message: str) -> None:
+    """Whoever opens the artefact refuses it in one line, and leaves nothing behind."""
+    before = sorted(folder.parent.rglob("*"))
+    for name, opened in OPENED.items():
+        with pytest.raises(ValueError, match=rf"\A{folder}/{message}.*\Z"):
+            opened(folder, folder.parent / "out")
+        assert [*sorted(folder.parent.rglob("*"))] in (before, sorted([*before, folder.parent / "cache"])), name
+
+
+SUBWORDS: dict[str, tuple[str, str]] = {
+    "spm.model of another order": ("spm.model", "its entries are not those of spm.model: [0-9]+ is "),
+    "spm.model of another size": ("spm.model", "its 110 entries are not the 100 of spm.model"),
+    "cut": ("dict.txt", "its 107 entries are not the 110 of spm.model"),
+    "garbage": ("dict.txt", "not a readable fairseq dictionary .line 1 is no `subword count`"),
+    "no UTF-8": ("dict.txt", "not a readable fairseq dictionary .no UTF-8"),
+    "in another order": ("dict.txt", "its entries are not those of spm.model: 4 is "),
+}
+
+
+@pytest.mark.parametrize("case", SUBWORDS)
+def test_subwords_that_are_not_the_dictionarys_are_refused(own_artefact: Path, case: str) -> None:
+    """An id would mean one subword to the model and another to the text: a translation into garbage."""
+    name, message = SUBWORDS[case]
+    lines = (own_artefact / "dict.txt").read_text(encoding="utf-8").splitlines(keepends=True)
+    if name == "spm.model":
+        sentences = [side for pair in PAIRS[::-3] for side in pair]
+        train_subwords(lambda: iter(sentences), own_artefact / name, vocab_size=110 if "order" in case else 100)
+    else:
+        content = {"cut": lines[:-3], "garbage": ["nonsense\n"], "in another order": lines[::-1], "no UTF-8": []}[case]
+        (own_artefact / name).write_bytes("".join(content).encode() or b"\xff\xfe 1\n")
+    refused_by_all(own_artefact, f"dict.txt: {message}")
+
+
+@pytest.mark.parametrize("case", ["dense", "scale"])
+def test_weights_that_are_no_numbers_are_refused(own_artefact: Path, case: str) -> None:
+    """fairseq's search finds nothing with them, CTranslate2's says something."""
+    name = "decoder.layers.0.fc1.bias" if case == "dense" else "decoder.layers.0.fc1.weight"
+
+    def change(parts: Parts, document: Document) -> None:
+        if case == "dense":
+            parts[name][0] = torch.nan
+        else:
+            parts[f"{name}.scale"][3] = 3e38  # finite; its codes times it are not
+
+    rewrite(own_artefact / "model.safetensors", change, sealed=True)
+    refused_by_all(own_artefact, f"model.safetensors: tensor {name} holds inf or NaN")
+
+
+DESCRIBED: dict[str, tuple[dict[str, Any], str]] = {
+    "negative heads": ({"extra": {"encoder_attention_heads": -2}}, "encoder_attention_heads: must be a whole number"),
+    "heads of a float": (
+        {"extra": {"encoder_attention_heads": 1.0}},
+        "encoder_attention_heads: must be a whole number",
+    ),
+    "dropout": ({"extra": {"dropout": "x"}}, r"dropout: must be a number in \[0, 1\], is 'x'"),
+    "no dropout": ({"extra": {"attention_dropout": None}}, r"attention_dropout: must be a number in"),
+    "positions": ({"extra": {"max_source_positions": 20_000_000}}, "max_source_positions: must be .* 2 to 100000"),
+    "control characters": ({"embed_dim": "\x1b[31m"}, r"embed_dim: must be .*\\x1b"),
+}
+
+
+@pytest.mark.parametrize("case", DESCRIBED)
+def test_metadata_that_describe_no_model_are_refused(own_artefact: Path, case: str) -> None:
+    model, message = DESCRIBED[case]
+    described(own_artefact, {**read_artefact(own_artefact)[1]["model"], **model})
+    refused_by_all(own_artefact, f"model.safetensors: its metadata describe no model .*{message}")
+
+
+def described(folder: Path, model: dict[str, Any]) -> None:
+    """Give an artefact's metadata other settings."""
+    rewrite(folder / "model.safetensors", lambda _, document: document.update(model=model), sealed=True)
+
+
+def test_settings_of_another_model_are_refused(own_artefact: Path) -> None:
+    model = read_artefact(own_artefact)[1]["model"]
+    for other, message in (
+        ({}, "6 layers in the encoder; .*1"),
+        ({**model, "ffn_dim": 128}, "tensor encoder.layers.0.fc1.weight has shape"),
+        ({**model, "embed_dim": 64}, "tensor .* has shape"),
+    ):
+        described(own_artefact, other)
+        refused_by_all(own_artefact, f"model.safetensors: .*{message}")
+
+
+def test_a_bias_that_is_missing_is_missed(own_artefact: Path) -> None:
+    state, metadata = read_artefact(own_artefact)
+    del state["decoder.layers.0.encoder_attn.k_proj.bias"]
+    write_artefact(own_artefact, state, metadata={key: metadata[key] for key in ("direction", "model")})
+    refused_by_all(own_artefact, "model.safetensors: misses tensor decoder.layers.0.encoder_attn.k_proj.bias")
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "activation": ({"extra": {"activation_fn": "tanh"}}, "CTranslate2 has no activation tanh"),
     "no positions": ({"extra": {"no_token_positional_embeddings": True}}, "has no model without positions"),
@@ -261,9 +378,19 @@ def test_a_damaged_model_is_refused_in_one_line(plain: Path, tmp_path: Path) -> 
         (CARD, b'{"format": 1, "direction": "en-cs"}', "has no 'quantization'"),
         (CARD, (good / CARD).read_bytes().replace(b'"format": 1', b'"format": 9'), "newer"),
         (CARD, None, f"{CARD} is missing"),
-        ("model.bin", b"short", "CTranslate2 cannot load it"),
-        ("model.bin", None, "CTranslate2 cannot load it"),
-        ("spm.model", None, "no such file"),
+        (CARD, b"[" * 3000, f"{CARD}: damaged"),
+        (
+            CARD,
+            b'{"format": 1, "direction": "en-cs", "quantization": "int8", "vocabulary_map": false, "files": 1}',
+            "sum",
+        ),
+        ("model.bin", b"short", "model.bin: damaged"),
+        ("model.bin", b"", "model.bin: damaged"),
+        ("model.bin", flipped(good / "model.bin"), "model.bin: damaged"),
+        ("model.bin", None, "model.bin: missing"),
+        ("spm.model", None, "spm.model: missing"),
+        ("shared_vocabulary.json", b"[]", "shared_vocabulary.json: damaged"),
+        (VMAP, b"", f"{VMAP}: is no part of the model"),
     ):
         folder = Path(shutil.copytree(good, tmp_path / "bad"))
         (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
@@ -272,13 +399,52 @@ def test_a_damaged_model_is_refused_in_one_line(plain: Path, tmp_path: Path) -> 
         shutil.rmtree(folder)
 
 
+OLDER: dict[str, tuple[str, bytes | None, str]] = {
+    "weights cut": ("model.bin", b"short", "CTranslate2 cannot load it"),
+    "map empty": (VMAP, b"", f"{VMAP}: damaged"),
+    "map missing": (VMAP, None, f"{VMAP}: missing"),
+    "map of others": (VMAP, b"\tzzz\n", f"{VMAP}: damaged"),
+    "no vocabulary": (
+        "shared_vocabulary.json",
+        b"[]",
+        "shared_vocabulary.json: its entries are not those of spm.model",
+    ),
+    "no JSON": ("shared_vocabulary.json", b"[" * 3000, "shared_vocabulary.json: damaged"),
+}
+
+
+def test_what_an_earlier_version_exported_is_read_and_looked_at(plain: Path, tmp_path: Path) -> None:
+    """Its card has no sums; CTranslate2 would crash with some of these files, and ignore that others are missing."""
+    size = len(Subwords(plain / "spm.model"))
+    everything = VocabularyMap(np.full((size, 1), -1, np.int32), np.arange(4, size, dtype=np.int32))
+    good = export_ctranslate2(plain, tmp_path / "good", vocabulary_map=everything)
+    wanted = CTranslate2Translator(good, threads=1).translate(LINES)
+    card = json.loads((good / CARD).read_text())
+    del card["files"]
+    (good / CARD).write_text(json.dumps(card))
+    assert CTranslate2Translator(good, threads=1).translate(LINES) == wanted
+    for name, content, message in OLDER.values():
+        folder = Path(shutil.copytree(good, tmp_path / "bad"))
+        (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
+        with pytest.raises(ValueError, match=rf"\A{folder}.*{message}.*\Z"):
+            CTranslate2Translator(folder)
+        shutil.rmtree(folder)
+
+
+def flipped(file: Path) -> bytes:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 64
+    return bytes(content)
+
+
 def test_nothing_is_left_of_an_export_that_failed(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(shutil, "copyfile", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="No space left") as caught:
         export_ctranslate2(plain, tmp_path / "ct2")
+    assert caught.value.filename == str(tmp_path / "ct2"), "the line names it"
     assert [name for name in os.listdir(tmp_path) if "ct2" in name] == []
 
 
@@ -304,6 +470,37 @@ def test_an_artefact_is_converted_once_and_anew_when_it_changes(
     assert engines.load(own_artefact, threads=1).translate(LINES) != wanted
     assert len(cached(own_artefact)) == 1
     assert cached(own_artefact) != names, "the stale one is gone"
+
+
+@pytest.mark.parametrize("name", ["model.bin", "spm.model", CARD, "shared_vocabulary.json"])
+@pytest.mark.parametrize("what", ["gone", "empty", "cut", "flipped"])
+def test_a_damaged_conversion_is_made_anew(own_artefact: Path, name: str, what: str) -> None:
+    wanted = engines.load(own_artefact, threads=1).translate(LINES)
+    file = own_artefact / cached(own_artefact)[0] / name
+    content = file.read_bytes()
+    damaged = {"empty": b"", "cut": content[:-9], "flipped": flipped(file)}
+    file.unlink() if what == "gone" else file.write_bytes(damaged[what])
+    assert engines.load(own_artefact, threads=1).translate(LINES) == wanted
+    assert file.read_bytes() == content
+
+
+def test_what_killed_conversions_left_is_swept(own_artefact: Path) -> None:
+    code = (
+        "import os, shutil, sys; from pathlib import Path; from tenko.nmt import engines\n"
+        "shutil.copyfile = lambda *_: os.kill(os.getpid(), 9)\n"
+        "engines.load(Path(sys.argv[1]), threads=1)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(own_artefact)], capture_output=True, check=False)
+    assert done.returncode == -9, done.stderr
+    assert len(list(own_artefact.glob(".ct2-*.tmp"))) == 1
+    node, alive = os.uname().nodename.partition(".")[0], os.getpid()
+    kept = [f".ct2-int8-0.{node}-{alive}.tmp", ".ct2-int8-0.elsewhere-999999999.tmp"]
+    swept = [".ct2-int8-0.elsewhere-1.tmp", ".ct2-int8-0.999999999.tmp", f".ct2-int8-0.{node}-999999999.tmp"]
+    for name in kept + swept:
+        (own_artefact / name).mkdir()
+    os.utime(own_artefact / swept[0], (0, 0))
+    engines.load(own_artefact, threads=1)
+    assert sorted(path.name for path in own_artefact.glob(".ct2-*")) == sorted(kept)
 
 
 def test_a_folder_that_cannot_be_written_leaves_it_to_the_users_cache(
@@ -356,7 +553,10 @@ def test_a_converted_model_translates_without_torch(own_artefact: Path) -> None:
 
 def test_the_card_says_what_it_is(plain: Path, tmp_path: Path) -> None:
     card = json.loads((export_ctranslate2(plain, tmp_path / "ct2") / CARD).read_text())
+    files = card.pop("files")
     assert card == {"format": 1, "direction": "en-cs", "quantization": "int8", "vocabulary_map": False}
-    assert {"spm.model", "dict.txt", "model.bin"} <= set(os.listdir(tmp_path / "ct2"))
+    assert {CARD, *files} == set(os.listdir(tmp_path / "ct2")) >= {"spm.model", "dict.txt", "model.bin"}
+    weights = (tmp_path / "ct2" / "model.bin").read_bytes()
+    assert files["model.bin"] == {"bytes": len(weights), "sha256": hashlib.sha256(weights).hexdigest()}
     with pytest.raises(ValueError, match="unknown 'int4'; valid are int8, int16, fp32"):
         export_ctranslate2(plain, tmp_path / "other", quantization="int4")

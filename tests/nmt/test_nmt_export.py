@@ -192,6 +192,24 @@ def test_unwritable_target_is_named(artefact: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("artefact", ["post-norm, tied, int8"], indirect=True)
+@pytest.mark.parametrize("there", [False, True])
+def test_nothing_is_left_of_an_export_that_failed(
+    artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool
+) -> None:
+    def full(_: object, path: Path) -> None:
+        path.write_bytes(b"begun")
+        raise RuntimeError("[enforce fail at inline_container.cc] . PytorchStreamWriter failed writing file")
+
+    if there:
+        (tmp_path / "export").mkdir()
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match=r"export/model\.pt: could not be written"):
+        export_fairseq(artefact, tmp_path / "export")
+    assert os.listdir(tmp_path) == (["export"] if there else [])
+    assert not there or os.listdir(tmp_path / "export") == []
+
+
+@pytest.mark.parametrize("artefact", ["post-norm, tied, int8"], indirect=True)
 def test_int8_artefact_stores_the_embedding_once_as_codes(artefact: Path) -> None:
     with safe_open(str(artefact / "model.safetensors"), "pt") as opened:
         document = json.loads(opened.metadata()["tenko"])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,11 @@ import torch
 from toy_training import toy_config, toy_trainer
 
 from tenko.compression import read_artefact, write_artefact
+from tenko.launch.commands import read_chunks
+from tenko.nmt import artefact_model
 from tenko.nmt.config import DecodeConfig
 from tenko.nmt.corpus import Corpus
+from tenko.nmt.export import export_fairseq
 from tenko.nmt.fairseq_bridge import Beam
 from tenko.nmt.translate import MAX_SOURCE_TOKENS, Translator
 
@@ -114,6 +119,19 @@ def test_a_sentence_beyond_the_models_positions_is_cut_and_noted(
     assert translator.cut == []
 
 
+def test_a_line_of_many_blocks_is_joined_once() -> None:
+    """It takes as many times longer as it is longer, in blocks as a pipe gives them."""
+
+    def seconds(blocks: int) -> float:
+        stream = io.BytesIO(b"x" * (blocks << 16) + b"\n\nlast")
+        begun = time.process_time()
+        assert [len(line) for chunk in read_chunks(stream) for line in chunk] == [blocks << 16, 0, 4]
+        return time.process_time() - begun
+
+    seconds(8)
+    assert seconds(512) < 40 * max(seconds(32), 0.005)
+
+
 def test_threads_are_set(artefact: Path) -> None:
     before = torch.get_num_threads()
     try:
@@ -142,6 +160,25 @@ def test_a_missing_or_damaged_file_is_named_in_one_line(artefact: Path, tmp_path
     with pytest.raises((ValueError, OSError), match=r"\A.*\Z") as caught:
         Translator.load(folder)
     assert str(folder / name) in str(caught.value) or str(caught.value).startswith(str(folder))
+
+
+def test_embeddings_of_a_file_are_never_read_again(artefact: Path, translator: Translator, tmp_path: Path) -> None:
+    """The weights follow; the file may be gone, or be one that never ends."""
+    folder = shutil.copytree(artefact, tmp_path / "artefact")
+    state, metadata = read_artefact(artefact)
+    paths = dict.fromkeys(("encoder_embed_path", "decoder_embed_path"), str(tmp_path / "embeddings.txt"))
+    model = {**metadata["model"], "extra": paths}
+    write_artefact(folder, state, metadata={"direction": "en-cs", "model": model})
+    assert Translator.load(folder).translate(["Open."]) == translator.translate(["Open."])
+    assert "embeddings.txt" not in str(torch.load(export_fairseq(folder, tmp_path / "out"), weights_only=True)["cfg"])
+
+
+def test_positions_are_bounded_by_the_models_width(artefact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(artefact_model, "_SINUSOIDS", 1024 * 16 - 1)
+    with pytest.raises(
+        ValueError, match=r"model\.safetensors: .*\(max_source_positions 1024 is too many for the width"
+    ):
+        Translator.load(artefact)
 
 
 def test_weights_of_another_model_are_refused(artefact: Path, tmp_path: Path) -> None:
