@@ -78,6 +78,8 @@ def artefact_file(path: Path) -> Path:
         if not path.is_file():
             raise ValueError(f"{path}: missing")
         return path
+    if path.is_file():
+        raise ValueError(f"{path}: a file, not a model; a model's is named {FILE} or {FILE + ZSTD}")
     found = [file for file in (path / FILE, path / (FILE + ZSTD)) if file.is_file()]
     if not found:
         raise ValueError(f"{path / FILE}: missing; an artefact is a folder with {FILE} or {FILE + ZSTD}")

@@ -68,6 +68,24 @@ ROWS = (
 """The paper's, and one more of ours."""
 
 
+def check_options(out: Path, ranks: Sequence[int] | None, **others: object) -> None:
+    """What is refused before anything runs.
+
+    Args:
+        out: folder of the runs, which may be missing.
+        ranks: as given.
+        others: options by name, as given; `rounds` is for `--ranks`, the others are for the rows.
+
+    Raises:
+        ValueError: an option would be of no effect, or the folder is a file.
+    """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out: {out}: is a file; give a folder")
+    for name, given in others.items():
+        if given and (ranks is None) == (name == "rounds"):
+            raise ValueError(f"--{name}: {'goes with --ranks' if ranks is None else 'does not go with --ranks'}")
+
+
 def bench(
     overrides: Sequence[str], *, full: bool, rows: Sequence[str], updates: int | None, workers: int | None, out: Path
 ) -> None:

@@ -3,10 +3,18 @@
 
 from __future__ import annotations
 
+# ruff: noqa: E402
+import signal
+from contextlib import suppress
+
+_OURS = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+if _OURS:  # until `main` can tell it in a line Ctrl-C ends the process at once, not with a traceback out of an import
+    with suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import os
 import sys
 import traceback
-from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -278,12 +286,15 @@ def export(
 
 @app.command(short_help="What a model file holds, in bytes.")
 def inspect(
-    path: Annotated[
-        Path | None, typer.Argument(metavar="FILE", help="Model file or artefact folder.", show_default=False)
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="A model that ships with tenko (en-cs, cs-en), a model file, or an artefact's folder; or give --run.",
+            show_default=False,
+        ),
     ] = None,
-    run_dir: Annotated[
-        Path | None, typer.Option("--run", metavar="DIR", help="Run directory, in place of FILE.", show_default=False)
-    ] = None,
+    run_dir: RunInstead = None,
     stage: Stage = None,
     every: Annotated[bool, typer.Option("--all", help="A row for every tensor, not one for layers alike.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
@@ -291,12 +302,13 @@ def inspect(
     """The tensors of a model file: scheme, shape, bits an element, and bytes that add up to the file's size.
 
     \b
+    tenko inspect en-cs
     tenko inspect --run runs/scratch
     tenko inspect runs/scratch/2-quantize/artefact/model.safetensors --all
     """
     from .inspect_command import inspect as show
 
-    show(path, run_dir, stage, all_tensors=every, as_json=json)
+    show(model, run_dir, stage, all_tensors=every, as_json=json)
 
 
 @app.command(short_help="Write report.html anew.")
@@ -360,7 +372,9 @@ def scaling(
         tuple[int, int] | None,
         typer.Option(min=1, help="Compare tokens/s of two numbers of workers instead.", show_default=False),
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="With --ranks: turns, of which medians are taken.")] = 3,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="With --ranks: turns, of which medians are taken.", show_default="3")
+    ] = None,
     updates: Annotated[
         int | None,
         typer.Option(min=2, help="Updates of the first row.", show_default="the recipe's; small 320, ranks 40"),
@@ -382,16 +396,17 @@ def scaling(
     """
     from . import bench_scaling as bench
 
+    bench.check_options(out, ranks, row=row, full=full, workers=workers, rounds=rounds)
     if ranks is not None:
-        bench.bench_ranks(overrides or [], ranks=ranks, rounds=rounds, updates=updates, out=out)
+        bench.bench_ranks(overrides or [], ranks=ranks, rounds=rounds or 3, updates=updates, out=out)
     else:
         bench.bench(overrides or [], full=full, rows=row or [], updates=updates, workers=workers, out=out)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point. Errors are one line on stderr; exit codes are those of `errors.py`."""
-    open_closed()
     try:
+        open_closed()
         code = _run_app(argv)
         sys.stdout.flush()
     except (BrokenPipeError, SystemExit) as error:
@@ -429,12 +444,22 @@ def _run_app(argv: list[str] | None) -> int:
             return BAD_INPUT
         if not hasattr(error, "format_message"):
             raise
-        path = getattr(getattr(error, "ctx", None), "command_path", "tenko")
-        _say(f"error: {' '.join(error.format_message().split())} (see {path} --help)")
+        path = getattr(getattr(error, "ctx", None), "command_path", None) or _path(command, argv or sys.argv[1:])
+        said = " ".join(error.format_message().split()).replace(": Value error, ", ": ")  # pydantic's, by version
+        _say(f"error: {said} (see {path} --help)")
         return BAD_INPUT
     if result == INTERRUPTED:
         return _interrupted()
     return result if isinstance(result, int) else 0
+
+
+def _path(command: Any, argv: list[str]) -> str:
+    """The command that arguments name, `tenko bench scaling`; click leaves it out of some errors."""
+    path = "tenko"
+    for word in argv:
+        if word in getattr(command, "commands", {}):
+            command, path = command.commands[word], f"{path} {word}"
+    return path
 
 
 def _interrupted() -> int:
@@ -446,6 +471,10 @@ def _say(line: str) -> None:
     with suppress(OSError):  # stderr is gone: the exit code still tells
         print(f"tenko: {line}", file=sys.stderr, flush=True)
 
+
+if _OURS:
+    with suppress(ValueError):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if __name__ == "__main__":
     main()

@@ -16,6 +16,7 @@ STOPPED = 75
 """EX_TEMPFAIL of sysexits.h: what the same command goes on with."""
 
 _PEER_WORDS = ("gloo", "nccl", "connection", "peer", "socket", "tcpstore", "process group", "broken pipe")
+_CONNECTION_ERRORS = {"ConnectionError", *(kind.__name__ for kind in ConnectionError.__subclasses__())}
 
 
 class RunFailed(Exception):
@@ -68,8 +69,17 @@ def is_lost_peer(error: BaseException) -> bool:
     """Whether it looks like the echo of another worker's end rather than a cause."""
     if isinstance(error, ConnectionError):
         return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(word in text for word in _PEER_WORDS)
+    return isinstance(error, RuntimeError) and _names_a_peer(str(error))
+
+
+def is_echo(line: str) -> bool:
+    """`is_lost_peer` of the last line of a traceback, `TYPE: message`."""
+    kind, _, message = line.partition(": ")
+    return kind in _CONNECTION_ERRORS or (kind == "RuntimeError" and _names_a_peer(message))
+
+
+def _names_a_peer(text: str) -> bool:
+    return any(word in text.lower() for word in _PEER_WORDS)
 
 
 def one_line(error: BaseException) -> str:

@@ -12,8 +12,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .rundir import RunDirectory
-
 if TYPE_CHECKING:
     from tenko.compression.contents import Contents, Row
 
@@ -21,24 +19,33 @@ WIDTH = 100
 """Columns of the table where the output is no terminal."""
 
 
-def inspect(path: Path | None, run_dir: Path | None, stage: str | None, *, all_tensors: bool, as_json: bool) -> None:
-    """Print the contents of a file, an artefact's folder, or a stage's artefact.
+def inspect(model: str | None, run_dir: Path | None, stage: str | None, *, all_tensors: bool, as_json: bool) -> None:
+    """Print the contents of a model's file.
 
     Args:
-        path: the file or the artefact's folder; None takes the artefact of a run.
+        model: the file, or what `models.choose` takes: a name of a model that ships, an artefact's folder; None takes
+            the artefact of a run.
         run_dir, stage: the run, and the stage's name, None for the last finished one.
         all_tensors: a row for every tensor, not one for all that are alike (`grouped`).
         as_json: one JSON object in place of the table, always with every tensor.
 
     Raises:
-        ValueError: both or neither of path and run_dir, a stage without a run, or as `read_artefact`.
+        ValueError: as `models.choose` and `read_artefact`, or an exported model.
     """
-    if (path is None) == (run_dir is None):
-        raise ValueError("inspect: give a model file or an artefact's folder, or a run directory with --run")
-    if stage is not None and run_dir is None:
-        raise ValueError("--stage: names a stage of a run; give the run directory with --run")
-    artefact = path if run_dir is None else RunDirectory.read(run_dir).artefact(stage, exported=False)
-    assert artefact is not None
+    if model is not None and run_dir is None and stage is None and Path(model).is_file():
+        artefact = Path(model)
+    else:
+        from tenko.nmt.pretrained import pretrained
+
+        from .models import choose
+
+        if model is not None and not Path(model).exists() and model not in pretrained():
+            valid = ", ".join([*pretrained(), "a model file", "the folder of an artefact"])
+            raise ValueError(f"{model}: no such file; valid: {valid}")
+        chosen = choose(model, run_dir, stage, exported=False)
+        artefact = chosen.folder
+        if not chosen.is_artefact:
+            raise ValueError(f"{artefact}: is exported for CTranslate2; give the artefact that it was made of")
     from tenko.compression.contents import grouped, read_contents
 
     contents = read_contents(artefact)

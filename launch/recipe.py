@@ -111,6 +111,30 @@ def load(path_or_name: str, overrides: tuple[str, ...] | list[str] = ()) -> Reci
 
 def loads(text: str, label: str, overrides: tuple[str, ...] | list[str] = ()) -> Recipe:
     """`load` from text; `label` names it in messages."""
+    try:
+        return _loads(text, label, overrides)
+    except ValueError as error:
+        if str(error).startswith("override "):
+            raise
+        # An override may make senseless what stands in the file: without it there is no such complaint.
+        others = {one: [other for other in overrides if other != one] for one in overrides}
+        first = _complaint(text, label, overrides)
+        guilty = [one for one, rest in others.items() if _complaint(text, label, rest) != first]
+        if not guilty:
+            raise
+        raise ValueError(f"override {' or '.join(guilty)}: does not go with {error}") from None
+
+
+def _complaint(text: str, label: str, overrides: tuple[str, ...] | list[str]) -> str | None:
+    """The first mistake of a recipe; None if there is none."""
+    try:
+        _loads(text, label, overrides)
+    except ValueError as error:
+        return str(error).partition(" (and ")[0]
+    return None
+
+
+def _loads(text: str, label: str, overrides: tuple[str, ...] | list[str]) -> Recipe:
     root = parse(text, lambda line: f"{label}:{line}")
     if root.value is None:
         raise ValueError(f"{root.place}: empty; a recipe needs at least name and stages (see `tenko run --help`)")

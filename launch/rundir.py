@@ -7,7 +7,8 @@
     runs/NAME/logs/             what workers wrote, one file each
     runs/NAME/1-train/          config.yaml metrics.jsonl checkpoints/ artefact/ report.html, and last result.json
 
-A stage with a result.json is finished and left alone; without one it resumes.
+A stage with a result.json is finished and left alone; without one it resumes. A damaged one is neither: whoever asks
+which stages are finished is told.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ RESULT, METRICS, ARTEFACT, CHECKPOINTS = "result.json", "metrics.jsonl", "artefa
 FREE = ("threads", "hang_timeout", "profile", "workers")
 """Settings that may be others when a run goes on, wherever they stand in the recipe: they change none of its results.
 Other workers change the last bits (a training that has begun keeps its global batch), and are allowed all the same."""
+_FIGURES = ("bleu", "chrf", "artefact_bytes", "tokens_per_second", "seconds")
+"""Of a result.json, what the table of stages formats as numbers; a stage may lack some."""
 _CHECKPOINT = re.compile(r"update-\d+")
 
 
@@ -101,7 +104,7 @@ class RunDirectory:
         """
         config = path / CONFIG
         if not config.is_file():
-            what = f"has no {CONFIG}" if path.is_dir() else "does not exist"
+            what = f"has no {CONFIG}" if path.is_dir() else "is a file" if path.exists() else "does not exist"
             raise ValueError(f"{path}: {what}; give the run directory of a `tenko run`, for instance runs/demo")
         return cls(path, loads(read_text(config), str(config)))
 
@@ -117,38 +120,62 @@ class RunDirectory:
             OSError: it cannot be written.
         """
         config = path / CONFIG
-        if config.exists():
-            try:
-                old = loads(read_text(config), str(config))
-            except ValueError as error:
-                raise ValueError(f"{error}; {_other(path)}") from None
-            difference = first_difference(to_dict(old), to_dict(recipe))
-            if difference is not None and is_blank(path):
-                for index in range(len(old.stages)):
-                    shutil.rmtree(cls(path, old).stage_directory(index), ignore_errors=True)
-            elif difference is not None:
-                key, before, now = difference
-                raise ValueError(f"{path}: began with {key}: {before}, the recipe now says {now}; {_other(path)}")
+        old = cls.hold(path, recipe)
+        if old is not None and first_difference(to_dict(old), to_dict(recipe)) is not None:
+            for index in range(len(old.stages)):
+                shutil.rmtree(cls(path, old).stage_directory(index), ignore_errors=True)
         text = dump(recipe)
         if not config.exists() or config.read_text(encoding="utf-8") != text:
             write_text_atomic(config, text)
         return cls(path, recipe)
+
+    @classmethod
+    def hold(cls, path: Path, recipe: Recipe) -> Recipe | None:
+        """Hold a recipe to the run directory that it is for, writing nothing.
+
+        Returns:
+            The recipe that is there; None where there is no run yet.
+
+        Raises:
+            ValueError: as `create`.
+        """
+        config = path / CONFIG
+        if not config.exists():
+            return None
+        try:
+            old = loads(read_text(config), str(config))
+        except ValueError as error:
+            raise ValueError(f"{error}; {_other(path)}") from None
+        difference = first_difference(to_dict(old), to_dict(recipe))
+        if difference is not None and not is_blank(path):
+            key, before, now = difference
+            raise ValueError(f"{path}: began with {key}: {before}, the recipe now says {now}; {_other(path)}")
+        return old
 
     def stage_directory(self, index: int) -> Path:
         """Folder of the stage of that index, counted from 0."""
         return self.path / f"{index + 1}-{self.recipe.stages[index].name}"
 
     def is_finished(self, index: int) -> bool:
-        """Whether that stage is done."""
+        """Whether that stage is done, by its result.json being there; `result` checks what is in it."""
         return (self.stage_directory(index) / RESULT).is_file()
 
     def result(self, index: int) -> dict[str, Any] | None:
-        """The figures of that stage, or None if it is not finished."""
+        """The figures of that stage, or None if it is not finished.
+
+        Raises:
+            ValueError: its result.json is damaged: no JSON, or not what the table of stages needs.
+        """
         if not self.is_finished(index):
             return None
-        result = read_json(self.stage_directory(index) / RESULT)
-        if not isinstance(result, dict):
-            raise ValueError(f"{self.stage_directory(index) / RESULT}: damaged: not an object")
+        path = self.stage_directory(index) / RESULT
+        try:
+            result = read_json(path)
+        except ValueError as error:
+            raise ValueError(f"{error}; {_ANEW}") from None
+        if (flaw := _flaw(result)) is not None:
+            raise ValueError(f"{path}: damaged: {flaw}; {_ANEW}")
+        assert isinstance(result, dict)
         return result
 
     def training_before(self, index: int) -> int:
@@ -192,9 +219,13 @@ class RunDirectory:
         return checkpoints.is_dir() and any(_CHECKPOINT.fullmatch(path.name) for path in checkpoints.iterdir())
 
     def first_unfinished(self) -> int:
-        """Index of the first stage without a result; the number of stages when all are finished."""
+        """Index of the first stage without a result; the number of stages when all are finished.
+
+        Raises:
+            ValueError: a result.json before it is damaged.
+        """
         count = len(self.recipe.stages)
-        return next((index for index in range(count) if not self.is_finished(index)), count)
+        return next((index for index in range(count) if self.result(index) is None), count)
 
     def context(
         self, index: int, reporter: Reporter, *, writer: bool, resume: bool, job: Job | None = None
@@ -236,13 +267,7 @@ class RunLock:
         self._file: int | None = None
 
     def __enter__(self) -> RunLock:
-        if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"{self.path}: is a file, a run directory is needed; choose another --run-dir")
-        if self.path.is_dir() and not (self.path / CONFIG).exists():
-            strange = sorted(p.name for p in self.path.iterdir() if p.name not in (LOCK, LOGS))
-            strange = [name for name in strange if not name.endswith(".tmp")]
-            if strange:
-                raise ValueError(f"{self.path}: holds {strange[0]} but no run; choose another --run-dir")
+        check_place(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
         file = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -320,6 +345,41 @@ def is_blank(path: Path) -> bool:
     """Whether a run directory holds nothing but settings and logs: nothing was trained."""
     files = (file.relative_to(path) for file in path.rglob("*") if not file.is_dir())
     return all(file.name == CONFIG or file.parts[0] in (CORPUS, LOCK, LOGS) for file in files)
+
+
+def check_place(path: Path) -> None:
+    """Hold a path to what a run directory may be: a run's, an empty folder, or nothing yet.
+
+    Raises:
+        ValueError: it is a file, or a folder of something else.
+    """
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path}: is a file, a run directory is needed; choose another --run-dir")
+    if path.is_dir() and not (path / CONFIG).exists():
+        strange = sorted(p.name for p in path.iterdir() if p.name not in (LOCK, LOGS))
+        strange = [name for name in strange if not name.endswith(".tmp")]
+        if strange:
+            raise ValueError(f"{path}: holds {strange[0]} but no run; choose another --run-dir")
+
+
+def _flaw(result: Any) -> str | None:
+    """Why a result.json can't be shown in the table of stages; None if it can."""
+    if not isinstance(result, dict):
+        return "not an object"
+    if not result.keys() & {"stage", *_FIGURES}:
+        return f"holds none of stage, {', '.join(_FIGURES)}"
+    wire, samples = result.get("wire") or {}, result.get("samples") or []
+    if not isinstance(wire, dict):
+        return "wire is no object"
+    if not isinstance(samples, list) or not all(isinstance(sample, dict) for sample in samples):
+        return "samples is no list of objects"
+    figures = {key: result.get(key) for key in _FIGURES}
+    figures |= {f"wire.{key}": wire.get(key) for key in ("bytes_sent", "fp32_bytes")}
+    wrong = [key for key, value in figures.items() if not isinstance(value, int | float | None)]
+    return f"{wrong[0]} is no number" if wrong else None
+
+
+_ANEW = "delete it and run again"
 
 
 def _other(path: Path) -> str:

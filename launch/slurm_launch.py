@@ -17,12 +17,15 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from tenko.nmt.config import DataConfig
+from tenko.nmt.text_io import source_files
+
 from . import recipe as recipes
 from .errors import BAD_INPUT, RunFailed
 from .files import read_json, write_json_atomic, write_text_atomic
 from .mpi_env import check_servers
 from .recipe import Recipe
-from .rundir import LOGS, RunDirectory, RunLock
+from .rundir import LOGS, RunDirectory, RunLock, check_place
 from .slurm_query import ENDED, JobState, ask, check, job_state, submit
 from .slurm_script import EVALUATE, TRAIN, Request, evaluate_script, log_pattern, train_script
 
@@ -66,7 +69,7 @@ def launch(
         run_dir: as given; None: runs/NAME.
         workers: a node's, as given; None: one a GPU, else the recipe's.
         cpus: a worker's, as given; None: the recipe's threads.
-        dry_run: print and submit nothing; the cluster need not be there.
+        dry_run: print and submit nothing; what needs no cluster is checked, which need not be there.
         wait: return when all jobs have ended.
 
     Raises:
@@ -87,15 +90,18 @@ def launch(
     scripts = {TRAIN: train_script(request)}
     if request.then:
         scripts[EVALUATE] = evaluate_script(request)
-    if dry_run:
-        _print_scripts(scripts)
-        return
-    check(request)
     seeds = request.seeds or (recipe.seed,)
     runs = [
         (directory, recipes.load(recipe_path, [*given, f"seed={seed}"]))
         for directory, seed in zip(request.run_dirs, seeds, strict=True)
     ]
+    _check_files(recipe.data)
+    for directory, one in runs:
+        _check_run(directory, one)
+    if dry_run:
+        _print_scripts(scripts)
+        return
+    check(request)
     with ExitStack() as stack:
         for directory, _ in runs:
             _check_free(directory)
@@ -117,6 +123,22 @@ def _print_scripts(scripts: dict[str, str]) -> None:
             print(f"# ---- {name}")
         print(script, end="")
     sys.stdout.flush()
+
+
+def _check_files(data: DataConfig) -> None:
+    """Raises: ValueError: a file of the corpus is not there, as the job would find after it has waited for its turn."""
+    for key, source in (("train", data.train), ("valid", data.valid), ("test", data.test)):
+        if source is not None:
+            source_files(source, f"data.{key}")
+    if data.subwords is not None and not Path(data.subwords).expanduser().is_file():
+        raise ValueError(f"data.subwords: no such file: {data.subwords}")
+
+
+def _check_run(directory: Path, recipe: Recipe) -> None:
+    """Raises: ValueError: the directory is another run's, or damaged."""
+    check_place(directory)
+    if RunDirectory.hold(directory, recipe) is not None:
+        RunDirectory(directory, recipe).first_unfinished()
 
 
 def _check_free(directory: Path) -> None:

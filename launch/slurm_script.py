@@ -88,6 +88,10 @@ class Request:
             raise ValueError("--then: evaluate needs --test FILE.tsv")
         if self.test is not None and not self.test.is_file():
             raise ValueError(f"--test: {self.test}: no such file")
+        if self.test is not None and "evaluate" not in self.then:
+            raise ValueError(f"--test: {self.test}: is for --then evaluate, which is not asked for")
+        if self.notice >= seconds(self.time):
+            raise ValueError(f"--notice: must be below the time limit, {self.time}, is {self.notice} s")
         if "\n" in str(self.run_dir) or '"' in str(self.run_dir):
             raise ValueError(f"--run-dir: {self.run_dir}: SLURM takes no line break and no quotation mark in it")
         for option in self.options:
@@ -115,6 +119,8 @@ def seconds(time: str) -> float:
         raise ValueError(f"--time: must be minutes, hours:minutes:seconds or days-hours[:minutes], is {time!r}")
     days, *rest = match.groups()
     numbers = [int(part) for part in rest if part is not None]
+    if max(numbers[1:], default=0) >= 60:  # SLURM takes 99:99 for 1:41:00
+        raise ValueError(f"--time: minutes and seconds behind a colon must be below 60, is {time!r}")
     units = [3600, 60, 1] if days or len(numbers) == 3 else [60, 1]
     total = sum(number * unit for number, unit in zip(numbers, units, strict=False)) + int(days or 0) * 86400
     if total == 0:
@@ -126,7 +132,7 @@ def train_script(request: Request) -> str:
     """The script of the training.
 
     Raises:
-        ValueError: the user's template names an unknown value.
+        ValueError: the user's template names an unknown value, or is no script to sbatch.
         OSError: it cannot be read.
     """
     tasks, cpus = (1, request.cpus * request.workers) if request.per_task == "node" else (request.workers, request.cpus)
@@ -138,7 +144,11 @@ def train_script(request: Request) -> str:
         *([f"--gpus-per-node={request.gpus}"] if request.gpus else []),
         *request.options,
     ]
-    return _fill(_template(TRAIN, request.template), request, lines, command=_command(request))
+    script = _fill(_template(TRAIN, request.template), request, lines, command=_command(request))
+    if not script.startswith("#!"):
+        what = "is empty" if not script.strip() else f"begins with {script.splitlines()[0][:40]!r}"
+        raise ValueError(f"--template: {request.template}: must begin with #! and a program, as #!/bin/bash, {what}")
+    return script
 
 
 def evaluate_script(request: Request) -> str:

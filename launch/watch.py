@@ -27,6 +27,7 @@ _COLOURS = {
     "running": "green",
     "finished": "green",
     "stalled": "bold red",
+    "damaged": "bold red",
     "stopped": "yellow",
     "not running": "yellow",
 }
@@ -145,9 +146,12 @@ def _figures(training: Training) -> Table:
         add("loss", sparkline(losses), f"{losses[0]:.2f} to {losses[-1]:.2f}")
     if training.bleus:
         recent = ", ".join(f"{bleu:.2f}" for _, bleu in training.bleus[-4:])
-        update, best = max(training.bleus, key=lambda point: point[1])
-        bleus = [bleu for _, bleu in training.bleus]
-        add("BLEU", sparkline(bleus), f"last {recent}; best {best:.2f} at update {update:,}")
+        facts = f"last {recent}"
+        if training.best is not None:
+            update, best = training.best
+            by = " by perplexity" if training.best_by == "perplexity" else ""
+            facts += f"; best{by} {best:.2f} at update {update:,}"
+        add("BLEU", sparkline([bleu for _, bleu in training.bleus]), facts)
     return table
 
 

@@ -7,8 +7,8 @@ read; who holds the lock is read from /proc/locks, since trying it would turn aw
 from __future__ import annotations
 
 import json
+import math
 import os
-import re
 import socket
 import time
 from collections import deque
@@ -20,49 +20,14 @@ from typing import Any
 from tenko.compression.config import LotteryConfig
 from tenko.nmt.config import TrainConfig
 
+from .errors import one_line
 from .pulse import IDLE, WATCHED, Beat, read_all
 from .recipe import Recipe
 from .rundir import LOCK, LOGS, METRICS, RunDirectory
+from .watch_logs import Tail, Troubles
 
 SILENT = 60.0
 """Seconds without a sign of life in a training after which a run counts as stalled, unless ten updates take longer."""
-TROUBLES = 5
-"""Warnings and errors kept."""
-_LOG_START = 1 << 16
-"""Of a log that stands there already only so many bytes are read."""
-_TROUBLE = re.compile(r" (?:WARNING|ERROR|CRITICAL): |^\w*(?:Error|Exception|Interrupt): ")
-
-
-class Tail:
-    """The lines that a file got since the last look; all of them anew when it was replaced or cut.
-
-    Args:
-        path: the file; it need not be there yet.
-        start: bytes from its end at the first look; None takes the whole file.
-    """
-
-    def __init__(self, path: Path, start: int | None = None) -> None:
-        self.path, self._start = path, start
-        self._inode, self._offset = 0, 0
-
-    def read(self) -> tuple[bool, list[bytes]]:
-        """Whether this begins the file anew, and its new whole lines."""
-        try:
-            with open(self.path, "rb") as file:
-                found = os.fstat(file.fileno())
-                anew = found.st_ino != self._inode or found.st_size < self._offset
-                if anew:
-                    self._inode = found.st_ino
-                    self._offset = 0 if self._start is None else max(0, found.st_size - self._start)
-                if found.st_size == self._offset:
-                    return anew, []
-                file.seek(self._offset)
-                data = file.read()
-        except OSError:
-            return False, []
-        whole = data[: data.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        return anew, whole.splitlines()
 
 
 @dataclass
@@ -76,10 +41,15 @@ class Training:
     losses: list[float] = field(default_factory=list)
     bleus: list[tuple[int, float]] = field(default_factory=list)
     """Update and BLEU of each validation."""
+    best_by: str = "bleu"
+    """As of the training's settings."""
+    best: tuple[int, float] | None = None
+    """Update and BLEU of the validation whose model the trainer keeps as the best, by its own rule."""
     valid: dict[str, Any] = field(default_factory=dict)
     """The last validation."""
     recent: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=6))
     """Update and seconds in updates of the last lines."""
+    _rank: tuple[float, float] = (-math.inf, -math.inf)
 
     def add(self, entry: dict[str, Any]) -> None:
         """Take in one line."""
@@ -88,12 +58,20 @@ class Training:
             self.valid = entry
             if isinstance(entry.get("bleu"), int | float) and isinstance(update, int):
                 self.bleus.append((update, entry["bleu"]))
+                self._hold_best(update, entry["bleu"], entry.get("nll"))
             return
         self.last = entry
         if isinstance(entry.get("loss"), int | float):
             self.losses.append(entry["loss"])
         if isinstance(update, int) and isinstance(entry.get("seconds"), int | float):
             self.recent.append((update, entry["seconds"]))
+
+    def _hold_best(self, update: int, bleu: float, nll: Any) -> None:
+        """As `Trainer._validate`: a lower loss breaks ties of BLEU, for instance while that is still 0."""
+        loss = nll if isinstance(nll, int | float) else math.inf
+        rank = (-loss, 0.0) if self.best_by == "perplexity" else (bleu, -loss)
+        if rank > self._rank:
+            self._rank, self.best = rank, (update, bleu)
 
     @property
     def update(self) -> int:
@@ -117,7 +95,7 @@ class StageView:
 
     name: str
     state: str
-    """finished, running, stopped (it has begun, and nothing runs), or waiting."""
+    """finished, running, stopped (it has begun, and nothing runs), waiting, or damaged (its result.json is)."""
     training: Training | None
     """Its newest training."""
     update: int
@@ -133,9 +111,9 @@ class RunView:
     path: Path
     recipe: Recipe
     state: str
-    """running, stalled, finished, or not running."""
+    """running, stalled, finished, damaged (a result.json is, and nothing runs), or not running."""
     detail: str
-    """Who runs it, or who is silent; empty where there is nothing to say."""
+    """Who runs it, who is silent, or what to delete; empty where there is nothing to say."""
     stages: tuple[StageView, ...]
     beats: tuple[Beat, ...]
     """Of the ranks of a run that is on."""
@@ -170,8 +148,8 @@ class Watcher:
     def __init__(self, path: Path) -> None:
         self.run = RunDirectory.read(path)
         self._trainings: dict[Path, tuple[Tail, Training]] = {}
-        self._logs: dict[Path, Tail] = {}
-        self._troubles: deque[str] = deque(maxlen=TROUBLES)
+        self._troubles = Troubles(self.run.path / LOGS)
+        self._damage = ""
 
     def look(self) -> RunView:
         """The run as it is now."""
@@ -179,9 +157,12 @@ class Watcher:
         holder, beats = lock_holder(self.run.path), self._beats(now)
         on = holder is not None and (holder.seen or any(now - beat.time < SILENT for beat in beats))
         beats = beats if on else []
+        self._damage = ""
         stages = self._stages(beats, on)
         if all(stage.state == "finished" for stage in stages):
             state, detail = "finished", ""
+        elif self._damage and not on:
+            state, detail = "damaged", self._damage
         elif holder is None or not on:
             state, detail = "not running", "the same `tenko run` goes on with it"
         elif silent := _silent(beats, current_stage(stages).training, now):
@@ -189,7 +170,7 @@ class Watcher:
             state, detail = "stalled", f"{rank} has given no sign of life for {now - silent.time:,.0f} s"
         else:
             state, detail = "running", holder.name
-        return RunView(self.run.path, self.run.recipe, state, detail, stages, tuple(beats), self._trouble(), now)
+        return RunView(self.run.path, self.run.recipe, state, detail, stages, tuple(beats), self._troubles.look(), now)
 
     def _beats(self, now: float) -> list[Beat]:
         """Signs of life of the run that is on; files of earlier ones, with more ranks, are older than its lock."""
@@ -206,8 +187,8 @@ class Watcher:
             result = self._result(index)
             training = None if waiting else self._training(index)
             update = training.update if training else 0
-            if result:
-                state = "finished"
+            if result is not None:
+                state = "finished" if result else "damaged"
             elif waiting:
                 state = "waiting"
             else:
@@ -220,9 +201,13 @@ class Watcher:
         return tuple(views)
 
     def _result(self, index: int) -> dict[str, Any] | None:
+        """A stage's result: None before there is one, empty where it is damaged."""
         try:
             return self.run.result(index)
-        except (ValueError, OSError):
+        except ValueError as error:
+            self._damage = self._damage or one_line(error)
+            return {}
+        except OSError:
             return None
 
     def _training(self, index: int) -> Training | None:
@@ -236,27 +221,18 @@ class Watcher:
             self._trainings[path] = Tail(path), Training(path.parent)
         tail, training = self._trainings[path]
         anew, lines = tail.read()
+        config = training_of(self.run.recipe, index)
         if anew:
             training = Training(path.parent)
             self._trainings[path] = tail, training
-        config = training_of(self.run.recipe, index)
-        training.max_update = config.max_update if config else 0
+        if config:
+            training.max_update, training.best_by = config.max_update, config.best_by
         for line in lines:
             try:
                 training.add(json.loads(line))
             except (ValueError, TypeError, AttributeError):
                 continue  # a damaged line; `tenko run` and `tenko report` name it
         return training
-
-    def _trouble(self) -> tuple[str, ...]:
-        logs = self.run.path / LOGS
-        for path in sorted([*logs.glob("*.log"), *logs.glob("*/*.log")]):
-            tail = self._logs.setdefault(path, Tail(path, _LOG_START))
-            for line in tail.read()[1]:
-                text = line.decode(errors="replace").rstrip()
-                if _TROUBLE.search(text):
-                    self._troubles.append(f"{path.relative_to(logs)}: {text}")
-        return tuple(self._troubles)
 
 
 def training_of(recipe: Recipe, index: int) -> TrainConfig | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -41,6 +42,25 @@ def test_help_is_quick() -> None:
     assert done.returncode == 0, done.stderr
     assert "translate" in done.stdout
     assert time.monotonic() - before < 3, "0.1 s when the machine is idle"
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_ctrl_c_while_it_still_imports_leaves_no_traceback(ignored: bool) -> None:
+    """As typer, the first large import, begins; SIGINT that a shell has set to be ignored stays so."""
+    code = (
+        "import builtins, os, signal, sys\n"
+        f"signal.signal(signal.SIGINT, signal.SIG_IGN if {ignored} else signal.default_int_handler)\n"
+        "before, real = signal.getsignal(signal.SIGINT), builtins.__import__\n"
+        "def interrupted(name, *rest):\n"
+        "    if name == 'typer' and 'now' in sys.argv: os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return real(name, *rest)\n"
+        "builtins.__import__ = interrupted\n"
+        "import tenko.launch.cli\n"
+        "assert signal.getsignal(signal.SIGINT) is before\n"
+    )
+    for arguments, wanted in ((["now"], 0 if ignored else -signal.SIGINT), ([], 0)):
+        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout, done.stderr) == (wanted, "", "")
 
 
 @pytest.mark.parametrize("arguments", ["--help", "watch --once run"])
@@ -85,7 +105,15 @@ def test_closed_streams_are_as_devnull() -> None:
             "--join-timeout: must be at most 604800 s, is inf",
         ),
         (["export", "en-cs", "--format", "ctranslate2", "--out", "."], "--out: . is the folder that you are in"),
-        (["export", "--run", "nix", "--format", "onnx", "--out", "x"], "Invalid value for '--format'"),
+        (
+            ["export", "--run", "nix", "--format", "onnx", "--out", "x"],
+            "Invalid value for '--format': 'onnx' is not one of",
+        ),
+        (["translate", "en-cs", "--device", "tpu"], "Invalid value for '--device': 'tpu' is not one of 'cpu', 'cuda'"),
+        (
+            ["bench", "scaling", "--ranks", "1"],
+            "Option '--ranks' requires 2 arguments. (see tenko bench scaling --help)",
+        ),
     ],
 )
 def test_bad_usage_is_one_line_and_exit_2(

@@ -11,7 +11,11 @@ import torch
 from packed_files import METADATA, every_scheme
 
 from tenko.compression import write_artefact
+from tenko.compression.container import artefact_file
 from tenko.launch import cli
+from tenko.launch.recipe import load
+from tenko.launch.rundir import RunDirectory, RunLock
+from tenko.nmt import pretrained
 
 
 def tenko(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -86,10 +90,9 @@ def test_names_out_of_a_file_do_not_steer_the_terminal(capsys: pytest.CaptureFix
 def test_bad_usage_and_bad_files_are_one_line_and_exit_2(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"no model")
     for arguments, message in (
-        ((), "give a model file or an artefact's folder, or a run directory with --run"),
-        ((str(tmp_path), "--run", str(tmp_path)), "give a model file or an artefact's folder, or a run directory"),
-        ((str(tmp_path), "--stage", "train"), "--stage: names a stage of a run; give the run directory with --run"),
-        ((str(tmp_path / "nix"),), "model.safetensors: missing"),
+        ((), "give MODEL ("),
+        ((str(tmp_path), "--run", str(tmp_path)), "give MODEL ("),
+        ((str(tmp_path), "--stage", "train"), "--stage: needs --run"),
         ((str(tmp_path),), "model.safetensors: damaged or not a safetensors file"),
         (("--run", str(tmp_path / "nix")), "nix: does not exist"),
     ):
@@ -97,3 +100,24 @@ def test_bad_usage_and_bad_files_are_one_line_and_exit_2(capsys: pytest.CaptureF
         assert (code, out) == (2, "")
         assert message in err
         assert len(err.splitlines()) == 1
+
+
+def test_what_is_no_model_is_told_apart(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("no model")
+    with RunLock(tmp_path / "run"):
+        RunDirectory.create(tmp_path / "run", load("tiny"))
+    for name, message in (
+        ("nix", "no such file; valid: en-cs, cs-en, a model file, the folder of an artefact"),
+        ("nix/model.safetensors", "no such file; valid: "),
+        ("notes.txt", "a file, not a model; a model's is named model.safetensors or model.safetensors.zst"),
+        ("run", f"is a run directory; give it as --run {tmp_path}/run"),
+    ):
+        code, out, err = tenko(capsys, "inspect", str(tmp_path / name))
+        assert (code, out, len(err.splitlines())) == (2, "", 1)
+        assert err.startswith(f"tenko: error: {tmp_path / name}: {message}"), err
+
+
+def test_a_model_that_ships_is_inspected_by_its_name(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = tenko(capsys, "inspect", "en-cs", "--json")
+    assert code == 0
+    assert json.loads(out)["file_bytes"] == artefact_file(pretrained.path("en-cs")).stat().st_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,9 @@ stages:
       max_update: 10
   - quantize: {}
 """
+
+
+QUANTIZE = "quantize: {scheme: int4, clip: mse}"
 
 
 def error_of(text: str, *overrides: str) -> str:
@@ -153,6 +157,26 @@ def test_all_mistakes_are_counted() -> None:
 )
 def test_a_mistake_in_an_override_names_it(override: str, message: str) -> None:
     assert error_of(SMALL, override).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "guilty"),
+    [
+        (["seed=2", "model.embed_dim=33", "train.lr=1"], "model.embed_dim=33"),
+        (["model.embed_dim=33", "train.lrr=1"], "model.embed_dim=33"),
+        (["seed=2", "quantize.scheme=ternary", "model.embed_dim=32"], "quantize.scheme=ternary"),
+    ],
+)
+def test_an_override_that_makes_the_file_senseless_is_named(overrides: list[str], guilty: str) -> None:
+    text = SMALL.replace("name: x", "name: x\nmodel:\n  attention_heads: 2").replace("quantize: {}", QUANTIZE)
+    assert recipe.loads(text, "r.yaml").name == "x"
+    line = error_of(text, *overrides)
+    assert re.match(rf"override {re.escape(guilty)}: does not go with r\.yaml:\d+: (model|quantize)\.", line), line
+
+
+def test_what_is_wrong_in_the_file_is_not_blamed_on_overrides() -> None:
+    text = SMALL.replace("lr: 5e-4", "lr: 0")
+    assert error_of(text, "seed=2", "train.max_update=3") == "r.yaml:6: train.lr: must be above 0, is 0.0"
 
 
 def test_unknown_recipe_names_the_bundled_ones() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tenko.launch import cli
 from tenko.launch.files import write_json_atomic, write_text_atomic
 from tenko.launch.metrics import MetricsLog, read_metrics
 from tenko.launch.progress import Reporter
@@ -85,6 +86,45 @@ def test_stages_are_found_by_name_and_the_valid_ones_named(tmp_path: Path) -> No
         run.artefact("train")
 
 
+@pytest.mark.parametrize(
+    ("text", "flaw"),
+    [
+        ("{}", " damaged: holds none of stage, bleu, chrf"),
+        ("[]", " damaged: not an object"),
+        ("garbage", "1: damaged: Expecting value"),
+        ("", "1: damaged: Expecting value"),
+        ('{"stage": "quantize", "bleu": "high"}', " damaged: bleu is no number"),
+        ('{"stage": "quantize", "wire": 3}', " damaged: wire is no object"),
+        ('{"stage": "quantize", "wire": {"bytes_sent": []}}', " damaged: wire.bytes_sent is no number"),
+        ('{"stage": "quantize", "samples": ["x"]}', " damaged: samples is no list of objects"),
+    ],
+)
+def test_a_damaged_result_is_told_by_all_who_ask_what_is_finished(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, flaw: str
+) -> None:
+    run = make(tmp_path / "r")
+    result = run.path / "2-quantize" / RESULT
+    result.parent.mkdir()
+    write_json_atomic(run.path / "1-train" / RESULT, {"stage": "train", "bleu": 1.0})
+    result.write_text(text)
+    with pytest.raises(ValueError, match=r"2-quantize/result\.json:") as caught:
+        run.first_unfinished()
+    line = str(caught.value)
+    assert line.startswith(f"{result}:{flaw}")
+    assert line.endswith("; delete it and run again")
+    for command in (["run", "tiny", "--run-dir"], ["report"]):
+        with pytest.raises(SystemExit) as ended:
+            cli.main([*command, str(run.path)])
+        assert ended.value.code == 2
+        assert capsys.readouterr() == ("", f"tenko: error: {line}\n")
+    with pytest.raises(SystemExit):
+        cli.main(["watch", "--once", str(run.path)])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert shown.startswith(f"damaged {line} {run.path}: tiny")
+    assert "2 quantize damaged" in shown
+    assert "goes on with it" not in shown
+
+
 def test_a_stage_resumes_only_from_whole_checkpoints(tmp_path: Path) -> None:
     run = make(tmp_path / "r")
     (run.path / "1-train" / "checkpoints" / "update-00000001.partial").mkdir(parents=True)
@@ -117,6 +157,8 @@ def test_reading_what_is_no_run_says_so(tmp_path: Path) -> None:
         RunDirectory.read(tmp_path)
     with pytest.raises(ValueError, match="does not exist"):
         RunDirectory.read(tmp_path / "x")
+    with pytest.raises(ValueError, match=r"config\.yaml: is a file; give the run directory"):
+        RunDirectory.read(tmp_path / "config.yaml")
 
 
 def test_metrics_lose_a_torn_line_and_what_a_resume_will_repeat(tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tenko.launch import bench_scaling
+from tenko.launch import bench_scaling, cli
 from tenko.launch.bench_scaling import FULL, ROWS, SMALL, _as_many_tokens, _last_of_each
+from tenko.launch.errors import RunFailed
 from tenko.launch.metrics import read_metrics
 from tenko.launch.recipe import Recipe, load, loads, to_dict
 from tenko.launch.rundir import RunDirectory
@@ -201,6 +202,36 @@ def test_bad_input_is_one_line(tmp_path: Path, arguments: list[str], message: st
     assert len(done.errors) == 1
     assert done.errors[0].startswith(f"tenko: error: {message}"), done.errors
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ranks", "1", "2", "--row", "16-bit"], "--row: does not go with --ranks"),
+        (["--ranks", "1", "2", "--full"], "--full: does not go with --ranks"),
+        (["--ranks", "1", "2", "--workers", "3"], "--workers: does not go with --ranks"),
+        (["--rounds", "2"], "--rounds: goes with --ranks"),
+        (["--out", "file"], "--out: file: is a file; give a folder"),
+        (["--out", "file", "--ranks", "1", "2"], "--out: file: is a file; give a folder"),
+    ],
+)
+def test_what_would_be_of_no_effect_is_refused_before_anything_runs(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    def start(run: bench_scaling.Run, title: str) -> None:
+        raise RunFailed(f"{title}was started", 1)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench_scaling.Run, "start", start)
+    Path("file").touch()
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["bench", "scaling", *arguments])
+    assert ended.value.code == 2
+    assert capsys.readouterr() == ("", f"tenko: error: {message}\n")
 
 
 def test_what_needs_more_machines_is_a_command_for_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

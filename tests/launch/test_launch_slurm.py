@@ -12,6 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tenko.launch import cli
+from tenko.launch.recipe import load
+from tenko.launch.rundir import RunDirectory, RunLock
 from tenko.launch.slurm_env import FIRST_PORT, PORTS, first_names, meeting_point, port
 from tenko.launch.slurm_query import gpus_of, said
 from tenko.launch.slurm_script import VALUES, Request, evaluate_script, seconds, train_script
@@ -133,6 +136,10 @@ def test_a_template_of_ones_own_is_filled_in_and_a_strange_name_in_it_refused(tm
     own.write_text("@nodes@")
     with pytest.raises(ValueError, match=rf"--template: @nodes@: unknown; valid: @directives@.*@{[*VALUES][-1]}@"):
         train_script(replace(request(tmp_path), template=own))
+    for text, what in (("", "is empty"), ("@directives@\n", "begins with '#SBATCH --job-name=tenko-x'")):
+        own.write_text(text)  # sbatch refuses both
+        with pytest.raises(ValueError, match=rf"--template: .*own\.sbatch: must begin with #! .*, {what}\Z"):
+            train_script(replace(request(tmp_path), template=own))
 
 
 @pytest.mark.parametrize(
@@ -142,6 +149,10 @@ def test_a_template_of_ones_own_is_filled_in_and_a_strange_name_in_it_refused(tm
         ({"then": ("test",)}, "--then: test: unknown; valid: evaluate, export"),
         ({"then": ("evaluate",)}, "--then: evaluate needs --test FILE.tsv"),
         ({"test": Path("/nowhere.tsv")}, "--test: /nowhere.tsv: no such file"),
+        ({"notice": 28800}, "--notice: must be below the time limit, 8:00:00, is 28800 s"),
+        ({"time": "99:99"}, "--time: minutes and seconds behind a colon must be below 60, is '99:99'"),
+        ({"time": "1-1:60"}, "--time: minutes and seconds behind a colon must be below 60, is '1-1:60'"),
+        ({"test": Path(__file__)}, f"--test: {__file__}: is for --then evaluate, which is not asked for"),
         ({"options": ("qos=low",)}, "--sbatch: qos=low: must be an option of sbatch, for instance --sbatch=--qos=low"),
         ({"run_dir": Path('a"b')}, '--run-dir: a"b: SLURM takes no line break and no quotation mark in it'),
     ],
@@ -149,3 +160,55 @@ def test_a_template_of_ones_own_is_filled_in_and_a_strange_name_in_it_refused(tm
 def test_a_request_that_makes_no_sense_is_one_line(change: dict[str, object], line: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"^{re.escape(line)}$"):
         replace(request(tmp_path), **change)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (
+            ["--run-dir", "run", "seed=2"],
+            "run: began with seed: 1, the recipe now says 2; choose another --run-dir, .*",
+        ),
+        (["--run-dir", "run", "--seeds", "1,2"], "run-seed2: holds thesis.tex but no run; choose another --run-dir"),
+        (["--run-dir", "thesis"], "thesis: is a file, a run directory is needed; choose another --run-dir"),
+        (["--run-dir", "done"], r"done/1-train/result.json: damaged: not an object; delete it and run again"),
+        (["data.train=nope.tsv"], "data.train: no such file: nope.tsv; give .*"),
+        (["data.test={en: thesis, cs: nope}"], "data.test: no such file: nope; give .*"),
+        (["data.subwords=nope"], "data.subwords: no such file: nope"),
+        (["--notice", "100000"], "--notice: must be below the time limit, 1:00:00, is 100000 s"),
+        (["--template", "empty"], "--template: empty: must begin with #! .*"),
+        (["--test", "thesis"], "--test: thesis: is for --then evaluate, .*"),
+    ],
+)
+def test_a_dry_run_refuses_what_a_run_would(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    line: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "")  # no cluster
+    for name in ("run", "done"):
+        with RunLock(Path(name)):
+            (RunDirectory.create(Path(name), load("tiny", ["workers=2"])).path / "1-train").mkdir()
+    Path("run/1-train/metrics.jsonl").touch()
+    Path("done/1-train/result.json").write_text("[]")
+    Path("run-seed2").mkdir()
+    for name in ("thesis", "empty", "run-seed2/thesis.tex"):
+        Path(name).touch()
+    before = sorted(Path().rglob("*"))
+    code, out, error = dry_run(capsys, *arguments)
+    assert (code, out, error.count("\n")) == (2, "", 1), error
+    assert re.fullmatch(rf"tenko: error: {line}\n", error), error
+    assert sorted(Path().rglob("*")) == before
+    code, out, _ = dry_run(capsys, "--run-dir", "run")
+    assert (code, out[:12]) == (0, "#!/bin/bash\n"), "the same run goes on"
+    assert sorted(Path().rglob("*")) == before
+
+
+def dry_run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[object, str, str]:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["launch", "slurm", "tiny", *arguments, "--dry-run"])
+    output = capsys.readouterr()
+    return ended.value.code, output.out, output.err

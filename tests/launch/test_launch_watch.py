@@ -24,7 +24,8 @@ from tenko.launch.pulse import UPDATE, Pulse, path_of
 from tenko.launch.recipe import load
 from tenko.launch.rundir import LOCK, LOGS, RunDirectory, RunLock
 from tenko.launch.watch import RANKS, duration, frame, sparkline
-from tenko.launch.watch_state import RunView, Tail, Watcher, lock_holder
+from tenko.launch.watch_logs import Tail, Troubles
+from tenko.launch.watch_state import RunView, Watcher, lock_holder
 from tests.integration.tenko_run import environment, finish, run_arguments, start, tenko, workers
 
 ENDLESS = {
@@ -160,7 +161,7 @@ def test_a_finished_run_and_its_troubles_are_one_frame(tmp_path: Path, small_tsv
     assert f"{tmp_path / 'run'}: tiny, en-cs, 1 worker" in done.out.replace("\n", ""), done.out
     assert re.search(r"1\s+train\s+finished\s+BLEU [\d.]+ +0.\d+ MB", done.out), done.out
     assert re.search(r"2\s+quantize\s+finished\s+BLEU", done.out), done.out
-    assert "worker-1.log: 2026-01-01 10:00:00,000 tenko.comm WARNING: the [link] is slow" in done.out
+    assert "worker-1.log: WARNING: the [link] is slow" in done.out
     assert "worker-1.log: ValueError: no" in done.out
     assert "nothing" not in done.out
     assert "half a line" not in done.out
@@ -259,3 +260,53 @@ def test_damaged_lines_of_metrics_do_not_end_the_watch(tmp_path: Path, small_tsv
     assert "loss 7.500" in text
     assert "loss scale 128" in text
     assert "perplexity" not in text
+
+
+RESET = "RuntimeError: [pair.cc:537] Read error [127.0.0.1]:8918: Connection reset by peer. Check the logs of gloo"
+AGENT = "2026-11-22 21:14:38,368 torch.distributed.elastic.agent.server.api WARNING: Received 2 death signal"
+FAILED = "2026-11-22 21:14:37,000 root ERROR: the run failed\nTraceback\nValueError: data.train: no such file: nope\n"
+
+
+def test_what_a_worker_says_itself_stands_before_its_echoes(tmp_path: Path) -> None:
+    logs = tmp_path / "logs"
+    (logs / "earlier").mkdir(parents=True)
+    troubles = Troubles(logs)
+    assert troubles.look() == ()
+    (logs / "earlier" / "worker-0.1.log").write_text("ValueError: of an earlier start\n")
+    assert troubles.look() == ("earlier/worker-0.1.log: ValueError: of an earlier start",)
+    (logs / "torchrun.log").write_text(f"{AGENT}\n")
+    assert troubles.look() == ("torchrun.log: WARNING: Received 2 death signal",), "this start's alone"
+    (logs / "worker-1.log").write_text(f"{RESET}\n")
+    assert troubles.look() == ("torchrun.log: WARNING: Received 2 death signal", f"worker-1.log: {RESET}")
+    (logs / "worker-0.log").write_text(FAILED + FAILED)
+    assert troubles.look() == ("worker-0.log: ValueError: data.train: no such file: nope",)
+    with open(logs / "worker-1.log", "a") as file:
+        file.write("tenko.comm WARNING: slow\nConnectionResetError: gone\n")
+    assert troubles.look() == (
+        "worker-0.log: ValueError: data.train: no such file: nope",
+        "worker-1.log: WARNING: slow",
+    )
+    (logs / "worker-0.log").rename(logs / "earlier" / "worker-0.2.log")
+    (logs / "worker-0.log").write_text("Error: other\n")
+    assert troubles.look() == ("worker-1.log: WARNING: slow", "worker-0.log: Error: other")
+
+
+def test_the_best_validation_is_the_trainers(tmp_path: Path) -> None:
+    lines = [(3, 0.0, 7.5), (6, 0.0, 7.1), (9, 0.0, 7.3), (12, 0.0, 7.1), (15, 4.0, 8.0), (18, 4.0, None)]
+    for best_by, count, best in (
+        ("bleu", 2, (6, 0.0)),
+        ("bleu", 4, (6, 0.0)),
+        ("bleu", 6, (15, 4.0)),
+        ("perplexity", 6, (6, 0.0)),
+    ):
+        path = tmp_path / f"{best_by}-{count}"
+        with RunLock(path):
+            run = RunDirectory.create(path, load("tiny", [f"train.best_by={best_by}"]))
+        run.stage_directory(0).mkdir()
+        text = [json.dumps({"kind": "valid", "update": u, "bleu": b, "nll": n}) + "\n" for u, b, n in lines[:count]]
+        (run.stage_directory(0) / "metrics.jsonl").write_text("".join(text))
+        view = Watcher(path).look()
+        assert view.current.training is not None
+        assert view.current.training.best == best
+        by = " by perplexity" if best_by == "perplexity" else ""
+        assert f"best{by} {best[1]:.2f} at update {best[0]}" in picture(view)
