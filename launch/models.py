@@ -10,7 +10,7 @@ from tenko.nmt.ctranslate2_engine import CARD
 from tenko.nmt.engines import user_cache
 
 from .recipe import Recipe
-from .rundir import CONFIG, RunDirectory
+from .rundir import ARTEFACT, CONFIG, RunDirectory
 
 _ARTEFACT = "model.safetensors"
 
@@ -58,6 +58,8 @@ def choose(model: str | None, run_dir: Path | None, stage: str | None, *, export
     folder = Path(model)
     if (folder / CARD).is_file() or any(folder.glob(f"{_ARTEFACT}*")):
         return Chosen(folder=folder, recipe=None, stage=None, cache=None)
+    if (folder / ARTEFACT).is_dir():  # a stage of a run, which has a config.yaml as well
+        raise ValueError(f"{model}: is the folder of a stage; give its artefact, {folder / ARTEFACT}")
     if (folder / CONFIG).is_file():
         raise ValueError(f"{model}: is a run directory; give it as --run {model}")
     valid = ", ".join([*shipped, "the folder of an artefact or of a CTranslate2 model"])

@@ -111,7 +111,10 @@ def prepare(config: DataConfig, *, report: Report) -> Corpus:
     identity = _identity(config, files)
     name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     cache = Path(config.cache).expanduser()
-    cache.mkdir(parents=True, exist_ok=True)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"data.cache: {cache}: can't be made a folder ({error.strerror})") from None
     place, building = cache / name, cache / f".{name}.building"
     with _locked(cache / f".{name}.lock", report):
         if place.exists():

@@ -106,11 +106,13 @@ def test_what_is_no_model_is_told_apart(capsys: pytest.CaptureFixture[str], tmp_
     (tmp_path / "notes.txt").write_text("no model")
     with RunLock(tmp_path / "run"):
         RunDirectory.create(tmp_path / "run", load("tiny"))
+    (tmp_path / "run/1-train/artefact").mkdir(parents=True)
     for name, message in (
         ("nix", "no such file; valid: en-cs, cs-en, a model file, the folder of an artefact"),
         ("nix/model.safetensors", "no such file; valid: "),
         ("notes.txt", "a file, not a model; a model's is named model.safetensors or model.safetensors.zst"),
         ("run", f"is a run directory; give it as --run {tmp_path}/run"),
+        ("run/1-train", f"is the folder of a stage; give its artefact, {tmp_path}/run/1-train/artefact"),
     ):
         code, out, err = tenko(capsys, "inspect", str(tmp_path / name))
         assert (code, out, len(err.splitlines())) == (2, "", 1)

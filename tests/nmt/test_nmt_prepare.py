@@ -382,3 +382,10 @@ def test_subwords_that_are_given_are_used_and_count(corpus_file: str, tmp_path: 
     given.write_bytes(b"no model")
     with pytest.raises(ValueError, match=r"^data\.subwords: .*given\.model: not a sentencepiece model$"):
         prepare(other, report=quiet)
+
+
+def test_a_cache_that_can_be_no_folder_is_named_with_its_key(small_tsv: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for cache in (tmp_path / "file", tmp_path / "file" / "cache", Path("/proc/nope")):
+        with pytest.raises(ValueError, match=rf"^data\.cache: {cache}: can't be made a folder \("):
+            prepare(DataConfig(train=str(small_tsv), cache=str(cache)), report=quiet)
