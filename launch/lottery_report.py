@@ -127,7 +127,7 @@ def tickets_figure(series: Sequence[Series], dense: Sequence[float], *, title: s
     axes.set_ylabel("BLEU, test")
     axes.grid(visible=True, color="#888888", alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    axes.legend(edgecolor="none", framealpha=0.9)  # over a line, if it must
     if title:
         axes.set_title(title, fontsize=9)
     return figure
