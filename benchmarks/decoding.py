@@ -1,12 +1,12 @@
 """How fast does the same model translate by CTranslate2 and by fairseq's beam search? One thread each.
 
-    python benchmarks/decoding.py --run runs/embedded                            # the last stage, the run's test split
+    python benchmarks/decoding.py --run runs/demo --stage pretrained             # a stage's model, the run's test split
     python benchmarks/decoding.py --model DIR --corpus runs/data/HASH --rounds 3 --sentences 300
 
 There are two peers, both in fp32 with sentences sorted by length and 4,000 source tokens a batch, near their best:
 `fairseq-generate`, by its own stopwatch, which is around the search alone, and tenko's Translator, fairseq's
-SequenceGenerator without the attention weights that nobody reads, faster by a fifth to a third. `--max-tokens 1` gives
-all one sentence at a time, as a chat would.
+SequenceGenerator without the attention weights that nobody reads: as fast in batches, faster a sentence at a time, which
+`--max-tokens 1` gives to all, as a chat would.
 
 All translate the same sentences, in turns (A B C D, A B C D), loading left out, subwords and back included (but for
 fairseq-generate); a ratio is that of one round, the table has the median and range over rounds. Rates are source words
