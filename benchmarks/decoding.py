@@ -5,8 +5,8 @@
 
 There are two peers, both in fp32 with sentences sorted by length and 4,000 source tokens a batch, near their best:
 `fairseq-generate`, by its own stopwatch, which is around the search alone, and tenko's Translator, fairseq's
-SequenceGenerator without the attention weights that nobody reads: as fast in batches, faster a sentence at a time, which
-`--max-tokens 1` gives to all, as a chat would.
+SequenceGenerator without the attention weights that nobody reads: as fast in batches, faster a sentence at a time,
+which `--max-tokens 1` gives to all, as a chat would. `--batch-size 32` gives fairseq-generate batches of 32 sentences.
 
 All translate the same sentences, in turns (A B C D, A B C D), loading left out, subwords and back included (but for
 fairseq-generate); a ratio is that of one round, the table has the median and range over rounds. Rates are source words
@@ -59,8 +59,10 @@ def in_this_process(engine: Engine, sources: list[str]) -> Contestant:
     return translate
 
 
-def fairseq_generate(artefact: Path, sources: list[str], references: list[str], folder: Path) -> Contestant:
-    """The command, run anew each time in a process of its own."""
+def fairseq_generate(
+    artefact: Path, sources: list[str], references: list[str], folder: Path, sentences: int | None
+) -> Contestant:
+    """The command, run anew each time in a process of its own; `sentences` a batch, or as the others."""
     folder.mkdir()
     script, data_bin = str(Path(__file__).with_name("fairseq_generate.py")), str(folder / "data-bin")
     texts = [folder / name for name in ("sources.txt", "references.txt")]
@@ -70,7 +72,8 @@ def fairseq_generate(artefact: Path, sources: list[str], references: list[str], 
     times = folder / "times.json"
 
     def translate(decode: DecodeConfig) -> tuple[list[str], float, float]:
-        batch = ["--batch-size", "1"] if decode.max_tokens == 1 else ["--max-tokens", str(decode.max_tokens)]
+        several = sentences if decode.max_tokens > 1 else 1
+        batch = ["--batch-size", str(several)] if several else ["--max-tokens", str(decode.max_tokens)]
         options = ["--beam", str(decode.beam), "--lenpen", str(decode.length_penalty), *batch]
         options += ["--path", f"{data_bin}/model.pt", "--remove-bpe", "sentencepiece", "--cpu"]
         options += ["--max-len-a", "2", "--max-len-b", "20"]  # where the Translator cuts, too
@@ -85,13 +88,13 @@ def fairseq_generate(artefact: Path, sources: list[str], references: list[str], 
 
 
 def contestants(
-    artefact: Path, corpus: Corpus, folder: Path, candidates: list[int], sentences: int
+    artefact: Path, corpus: Corpus, folder: Path, candidates: list[int], sentences: int, batch_size: int | None
 ) -> tuple[dict[str, Contestant], list[str], list[str]]:
     """Contestants by name, the peers first; source sentences and references of the test split."""
     peer = Translator.load(artefact, threads=1)
     sides = dict(zip(("en", "cs"), corpus.text("test"), strict=True))
     sources, references = (sides[lang][:sentences] for lang in peer.direction.split("-"))
-    found = {PEERS[0]: fairseq_generate(artefact, sources, references, folder / "fairseq")}
+    found = {PEERS[0]: fairseq_generate(artefact, sources, references, folder / "fairseq", batch_size)}
     found[PEERS[1]] = in_this_process(peer, sources)
     for quantization in ("fp32", "int8"):
         path = export_ctranslate2(artefact, folder / quantization, quantization=quantization)
@@ -148,6 +151,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--sentences", type=int, default=1000)
     parser.add_argument("--max-tokens", type=int, default=DecodeConfig.max_tokens, help="source tokens of a batch")
+    parser.add_argument("--batch-size", type=int, help="sentences of a batch of fairseq-generate")
     parser.add_argument("--json", type=Path, help="write the figures")
     options = parser.parse_args()
     if (options.run is None) == (options.model is None) or (options.model and not options.corpus):
@@ -156,7 +160,9 @@ def main() -> None:
     artefact = run.artefact(options.stage) if run else options.model
     corpus = Corpus.open(options.corpus) if options.corpus or run is None else corpus_of(run.recipe)
     with tempfile.TemporaryDirectory() as folder:
-        found, sources, references = contestants(artefact, corpus, Path(folder), options.maps, options.sentences)
+        found, sources, references = contestants(
+            artefact, corpus, Path(folder), options.maps, options.sentences, options.batch_size
+        )
         words = sum(len(line.split()) for line in sources)
         print(f"{artefact}: {len(sources)} sentences, {words:,} words, one thread, {options.rounds} rounds\n")
         results = {}
