@@ -119,10 +119,10 @@ def test_a_damaged_result_is_told_by_all_who_ask_what_is_finished(
         assert capsys.readouterr() == ("", f"tenko: error: {line}\n")
     with pytest.raises(SystemExit):
         cli.main(["watch", "--once", str(run.path)])
-    shown = " ".join(capsys.readouterr().out.split())
-    assert shown.startswith(f"damaged {line} {run.path}: tiny")
-    assert "2 quantize damaged" in shown
-    assert "goes on with it" not in shown
+    shown = "".join(capsys.readouterr().out.split())  # a long path is broken anywhere
+    assert shown.startswith(f"damaged {line} {run.path}: tiny".replace(" ", ""))
+    assert "2quantizedamaged" in shown
+    assert "goesonwithit" not in shown
 
 
 def test_a_stage_resumes_only_from_whole_checkpoints(tmp_path: Path) -> None:
