@@ -37,14 +37,17 @@ def prunable(
     found = select_weights(model, include, exclude)
     if embeddings:
         return found
-    matrices = [w for w in found if not any(isinstance(module, nn.Embedding) for module, _ in w.sites)]
     for pattern in include:
-        named = [w for w in weights(model) if name_matches(w, (pattern,))]
-        if all(any(isinstance(module, nn.Embedding) for module, _ in w.sites) for w in named):
+        if all(_is_embedding(w) for w in weights(model) if name_matches(w, (pattern,))):
             raise ValueError(f"include: {pattern!r} matches embeddings only; set embeddings: true to prune them")
+    matrices = [w for w in found if not _is_embedding(w)]
     if not matrices:
         raise ValueError(f"exclude: {list(exclude)} leaves embeddings only; set embeddings: true to prune them")
     return matrices
+
+
+def _is_embedding(weight: Weight) -> bool:
+    return any(isinstance(module, nn.Embedding) for module, _ in weight.sites)
 
 
 def remaining_count(total: int, fraction: float, rounds: int) -> int:

@@ -94,3 +94,10 @@ def rewrite(file: Path, change: Callable[[Parts, Document], None], *, sealed: bo
     if sealed:
         document["sha256"] = seal(parts, document)
     file.write_bytes(safetensors.torch.save(parts, {"tenko": json.dumps(document)}))
+
+
+def flipped(file: Path) -> bytes:
+    """The file's content with one bit in the middle turned over."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 64
+    return bytes(content)

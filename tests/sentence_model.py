@@ -23,6 +23,17 @@ PAIRS = [
     for thing in THINGS
 ]
 UNSEEN = [i for i in range(len(PAIRS)) if i % 7 == 3]
+# What was seen, what was not, and what makes the model guess.
+LINES = [
+    *[PAIRS[i][0] for i in range(0, len(PAIRS), 3)],
+    *[PAIRS[i][0] for i in UNSEEN],
+    "house my Jane a a sees.",
+    "bread",
+    "Nobody wants the old castle, my young brother draws a tree and has an old table.",
+    "",
+    "   ",
+    "ξ sees ξ.",
+]
 
 
 def ids(subwords: Subwords, text: str) -> np.ndarray:
