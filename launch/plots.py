@@ -109,7 +109,7 @@ def draw(curves: Sequence[Curve], unit: str, *, log: bool) -> Figure:
     axes.spines[["top", "right"]].set_visible(False)
     if len(curves) > 1:
         beside: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1, 0.5), "reverse": True}
-        axes.legend(frameon=False, **(beside if stacked else {}))
+        axes.legend(edgecolor="none", framealpha=0.9, **(beside if stacked else {}))
     return figure
 
 
