@@ -101,7 +101,7 @@ def draw(curves: Sequence[Curve], unit: str, *, log: bool) -> Figure:
     if log:
         axes.set_yscale("log")
     elif not stacked and min(min(line.y) for line in curves) >= 0 and unit != "nats a target token":
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.08 * max(max(line.y) for line in curves) or 1)
     axes.set_xlim(left=0)
     axes.set_xlabel("update")
     axes.set_ylabel(unit)
@@ -109,7 +109,7 @@ def draw(curves: Sequence[Curve], unit: str, *, log: bool) -> Figure:
     axes.spines[["top", "right"]].set_visible(False)
     if len(curves) > 1:
         beside: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1, 0.5), "reverse": True}
-        axes.legend(edgecolor="none", framealpha=0.9, **(beside if stacked else {}))
+        axes.legend(edgecolor="none", framealpha=0.6, **(beside if stacked else {}))
     return figure
 
 
