@@ -5,6 +5,7 @@
     runs/NAME/lock              held while a run is on (flock, so that a killed run leaves no stale lock)
     runs/NAME/report.html       curves, table of stages, sample translations
     runs/NAME/logs/             what workers wrote, one file each
+    runs/NAME/taught/           what teachers translated, where a stage learns from it (taught.py)
     runs/NAME/1-train/          config.yaml metrics.jsonl checkpoints/ artefact/ report.html, and last result.json
 
 A stage with a result.json is finished and left alone; without one it resumes. A damaged one is neither: whoever asks

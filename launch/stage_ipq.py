@@ -9,7 +9,6 @@ are trained, is told in `tenko/compression/ipq.py`.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import re
 import time
@@ -30,6 +29,7 @@ from .stage_kinds import IpqStage
 from .stage_results import write_and_measure
 from .stage_tools import open_corpus, previous_model, read_model, start
 from .stage_training import train_model
+from .taught import taught_corpus
 
 QUANTIZED = "quantized"
 
@@ -46,7 +46,9 @@ def run_ipq(context: StageContext) -> None:
     model, model_config = previous_model(context)
     check_stages(context, model, model_config, corpus)
     model = model.to(accelerator.device)
-    teacher = _teacher(context, model).to(accelerator.device) if config.distill.weight > 0 else None
+    taught_by = _taught_by(context)
+    teacher = read_model(taught_by / ARTEFACT)[0].to(accelerator.device) if config.distill.weight > 0 else None
+    corpus = taught_corpus(context, accelerator.device, corpus, config.distill, taught_by)
     technique = Ipq(config, seed=context.recipe.seed)
     technique.attach(model)
     figures = []
@@ -97,15 +99,14 @@ def run_ipq(context: StageContext) -> None:
     distributed.barrier()
 
 
-def _teacher(context: StageContext, model: nn.Module) -> nn.Module:
-    """The model of the stage before; where that has quantized it already (p = 1), of the one before that."""
+def _taught_by(context: StageContext) -> Path:
+    """The stage before; where that has quantized its model already (p = 1), the one before that."""
     stages = context.recipe.stages
     index = stages.index(context.stage) - 1
     before = stages[index].config
     if isinstance(before, QuantNoiseConfig) and before.p == 1:
-        folder = RunDirectory(context.run_dir, context.recipe).stage_directory(index - 1)
-        return read_model(folder / ARTEFACT)[0]
-    return copy.deepcopy(model)
+        index -= 1
+    return RunDirectory(context.run_dir, context.recipe).stage_directory(index)
 
 
 def _file_name(group: str) -> str:

@@ -111,8 +111,11 @@ def problem(kind: str, config: StageConfig, before: Sequence[Spec]) -> tuple[str
             return "", f"can't follow quant_noise with scheme {noise} and p: 1, which leaves codewords already"
         if kind == "quantize" and not scheme.startswith("pq"):
             return "scheme", f"must be pq or pq_int8 after quant_noise with scheme {noise}, is {scheme}"
-    if isinstance(config, TrainConfig) and not before and config.distill.weight > 0:
-        return "distill.weight", "must be 0 in the first stage, which has no model before it to learn from"
+    if isinstance(config, TrainConfig) and not before:
+        for key, off in (("weight", 0), ("sequences", False)):
+            if getattr(config.distill, key) != off:
+                must = f"must be {str(off).lower()} in the first stage"
+                return f"distill.{key}", f"{must}, which has no model before it to learn from"
     if isinstance(config, LotteryConfig):
         return _lottery_problem(config, before)
     own = getattr(config, "train", None)

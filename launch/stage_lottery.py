@@ -39,6 +39,7 @@ from .stage_checks import check_stages
 from .stage_results import HYPOTHESES, write_and_measure
 from .stage_tools import open_corpus, read_model, start
 from .stage_training import train_model
+from .taught import taught_corpus
 
 MASKS = "masks.safetensors"
 
@@ -54,6 +55,7 @@ def run_lottery(context: StageContext) -> None:
     stage.check()
     model, model_config = read_model(stage.dense / ARTEFACT)
     check_stages(context, model, model_config, corpus)
+    corpus = taught_corpus(context, accelerator.device, corpus, stage.train.distill, stage.taught_by)
     masks = Masks.ones(prunable(model, config.include, config.exclude, embeddings=config.embeddings))
     trained = stage.dense
     for this in lottery.rounds(config):
@@ -82,7 +84,7 @@ class _Stage:
     dense: Path
     """Folder of the stage train."""
     taught_by: Path | None
-    """The stage that the stage train learned from, if it did; its rounds do, too."""
+    """The stage before the stage train, if there is one: what it learned from, its rounds do, too."""
     masks_of: tuple[Path, LotteryConfig] | None
     """The lottery stage whose masks are taken, and its folder."""
 
@@ -101,7 +103,7 @@ class _Stage:
         for index, spec in enumerate(stages[:own]):
             if spec.name == config.masks_of and isinstance(spec.config, LotteryConfig):
                 masks_of = run.stage_directory(index), spec.config
-        taught_by = run.stage_directory(train - 1) if training.distill.weight > 0 else None
+        taught_by = run.stage_directory(train - 1) if train > 0 else None
         return cls(context, config, training, run.stage_directory(train), taught_by, masks_of)
 
     def check(self) -> None:
@@ -157,7 +159,9 @@ def _run_round(
     begin = lottery.start_of(stage.config)
     model, model_config = _first_weights(stage, begin, masks, trained, corpus)
     model = model.to(accelerator.device)
-    teacher = None if stage.taught_by is None else read_model(stage.taught_by / ARTEFACT)[0].to(accelerator.device)
+    teacher = None
+    if stage.taught_by is not None and stage.train.distill.weight > 0:
+        teacher = read_model(stage.taught_by / ARTEFACT)[0].to(accelerator.device)
     technique = PrunedWeights(masks)
     technique.attach(model)
     figures = train_model(

@@ -24,6 +24,7 @@ from .stage_kinds import QuantNoiseStage
 from .stage_results import write_and_measure
 from .stage_tools import open_corpus, previous_model, start
 from .stage_training import train_model
+from .taught import taught_corpus
 
 
 def run_quant_noise(context: StageContext) -> None:
@@ -42,6 +43,7 @@ def run_quant_noise(context: StageContext) -> None:
     techniques: list[Technique] = [*pruned, technique]  # masks first: they go on the plain weights
     for each in techniques:
         each.attach(model)
+    corpus = taught_corpus(context, accelerator.device, corpus, config.train.distill, context.previous)
     trained = train_model(context, accelerator, model, corpus, config.train, techniques=techniques, teacher=teacher)
     ranges = activation_ranges(technique) if isinstance(technique, QuantNoise) else {}
     for each in reversed(techniques):

@@ -82,11 +82,18 @@ def open_corpus(context: StageContext) -> Corpus:
     Raises:
         ValueError: it is not the corpus that the run began with, or not of the subwords of the stage before.
     """
-    path = None
-    if distributed.rank() == 0:
+
+    def build() -> Corpus:
         corpus = corpus_of(context.recipe, report=context.reporter.log)
         _hold_corpus(context, corpus)
-        path = str(corpus.path)
+        return corpus
+
+    return corpus_from_rank0(build)
+
+
+def corpus_from_rank0(build: Callable[[], Corpus]) -> Corpus:
+    """The prepared corpus that rank 0 builds or finds, on every rank."""
+    path = str(build().path) if distributed.rank() == 0 else None
     return Corpus.open(Path(distributed.from_rank0(path)))
 
 

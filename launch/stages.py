@@ -27,6 +27,7 @@ from .stage_noise import run_quant_noise, run_quantize
 from .stage_results import measure, write_and_measure
 from .stage_tools import hold_subwords, open_corpus, pretrained_folder, previous_model, start
 from .stage_training import train_model
+from .taught import taught_corpus
 
 
 def run_train(context: StageContext) -> None:
@@ -46,6 +47,7 @@ def run_train(context: StageContext) -> None:
             teacher = previous_model(context)[0].to(accelerator.device)
     check_stages(context, model, model_config, corpus)
     model = model.to(accelerator.device)
+    corpus = taught_corpus(context, accelerator.device, corpus, config.distill, context.previous)
     trained = train_model(context, accelerator, model, corpus, config, teacher=teacher)
     if distributed.rank() == 0:
         device = str(accelerator.device)

@@ -165,6 +165,9 @@ class DistillConfig:
     The teacher is the model of the stage before; 0 trains without one."""
     temperature: float = 1.0
     """Divides both models' logits before the softmax."""
+    sequences: bool = False
+    """Sequence-level distillation: train on the teacher's translations of the training sources, in the place of the
+    references; with any `weight`."""
 
     def __post_init__(self) -> None:
         require(0 <= self.weight <= 1, "weight", f"must be in [0, 1], is {self.weight}")

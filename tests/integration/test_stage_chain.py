@@ -148,3 +148,27 @@ def test_a_pretrained_model_of_the_other_direction_is_refused(chain: Path, small
     done = run(tmp_path / "none", small_tsv, [{"pretrained": {"model": "cs-pl"}}], workers=1)
     assert done.code == 2
     assert "pretrained.model: cs-pl: no such model; valid: " in done.errors[0]
+
+
+def test_stages_learn_from_the_translations_of_one_teacher(small_tsv: Path, tmp_path: Path) -> None:
+    """Two ranks; the model that ships finds its own translations more likely than the references."""
+    small = {**TRAIN, "max_update": 1, "lr": 1e-6, "log_interval": 1, "dropout": 0}
+    few: dict[str, Any] = {"include": ["*layers.0.fc1*"]}
+    teacher = {"weight": 0.5, "sequences": True}
+    noise, ipq = {"scheme": "pq", "p": 1, **few}, {**few, "together": True, "distill": teacher, "train": small}
+    taught = {**noise, "train": {**small, "distill": teacher}}
+    done = run(tmp_path / "run", small_tsv, ["pretrained", {"quant_noise": taught}, {"ipq": ipq}])
+    assert (done.code, done.errors) == (0, []), done
+    (folder,) = (tmp_path / "run" / "taught").iterdir()
+    assert f"ipq: {folder} has the teacher's translations" in done.out
+    run(tmp_path / "plain", small_tsv, ["pretrained", {"quant_noise": {**noise, "train": small}}], workers=1)
+    assert not (tmp_path / "plain" / "taught").exists()
+    first = [
+        json.loads((tmp_path / file).read_text().splitlines()[0])["nll"]
+        for file in (
+            "plain/2-quant_noise/metrics.jsonl",
+            "run/2-quant_noise/metrics.jsonl",
+            "run/3-ipq/group-1-all/metrics.jsonl",
+        )
+    ]
+    assert max(first[1:]) < 0.7 * first[0], first

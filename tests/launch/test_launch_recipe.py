@@ -258,6 +258,7 @@ def test_a_later_training_inherits_what_the_stage_train_says() -> None:
         ("[train: {dropout: 1.0}]", "train.dropout: must be null or in [0, 1), is 1.0"),
         ("[train: {lr_schedule: cosine}]", "train.lr_schedule: must be one of inverse_sqrt, linear, is cosine"),
         ("[train: {distill: {weight: 0.5}}]", "train.distill.weight: must be 0 in the first stage"),
+        ("[train: {distill: {sequences: true}}]", "train.distill.sequences: must be false in the first stage"),
         (
             "[train, quant_noise: {train: {engine: deepspeed}}]",
             "quant_noise.train.engine: must be ddp in stage quant_noise",
