@@ -74,6 +74,11 @@ class Recipe:
         require(self.hang_timeout >= 0, "hang_timeout", f"must be at least 0, is {self.hang_timeout:g}")
         require(self.threads >= 0, "threads", f"must be at least 0, is {self.threads}")
         require(self.zstd is None or 1 <= self.zstd <= 22, "zstd", f"must be null or 1 to 22, is {self.zstd}")
+        for side in ("source", "target"):
+            positions, longest = self.model.learned_positions(side), self.data.max_tokens_per_sentence
+            fits = positions is None or longest < positions
+            what = f"model.extra.max_{side}_positions ({positions}), learned positions"
+            require(fits, "data.max_tokens_per_sentence", f"must be below {what}, is {longest}")
 
 
 _TOP_KEYS = [item.name for item in dataclasses.fields(Recipe)]

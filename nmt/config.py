@@ -57,6 +57,10 @@ class DataConfig:
         require(self.max_ratio > 1, "max_ratio", f"must be above 1, is {self.max_ratio}")
 
 
+FEWEST_POSITIONS = 1024
+"""Of a learned table of positions: longest sentence that is translated, and fairseq's default."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     arch: str = "transformer"
@@ -120,6 +124,21 @@ class ModelConfig:
                 f"must divide embed_dim ({self.embed_dim}), is {self.attention_heads}",
             )
         require(self.embed_dim is None or self.embed_dim % 2 == 0, "embed_dim", "must be even (sinusoidal positions)")
+        for side in ("source", "target"):
+            positions = self.learned_positions(side)
+            enough = positions is None or positions >= FEWEST_POSITIONS
+            why = f"{FEWEST_POSITIONS} where positions are learned: sentences of as many subwords are translated"
+            require(enough, "extra", f"max_{side}_positions must be at least {why}, is {positions}")
+
+    def learned_positions(self, side: str) -> int | None:
+        """How many positions a learned table holds, and so the longest sentence; None if there is none.
+
+        Args:
+            side: source or target.
+        """
+        learned = self.extra.get({"source": "encoder_learned_pos", "target": "decoder_learned_pos"}[side])
+        positions = self.extra.get(f"max_{side}_positions") or FEWEST_POSITIONS
+        return positions if learned and isinstance(positions, int) else None
 
 
 MAX_POSITIONS = 100_000

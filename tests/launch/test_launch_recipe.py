@@ -214,6 +214,25 @@ def test_a_later_training_inherits_what_the_stage_train_says() -> None:
 
 
 @pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            "model: {extra: {encoder_learned_pos: true, max_source_positions: 40}}",
+            "model.extra: max_source_positions must be at least 1024 where positions are learned",
+        ),
+        (
+            "model: {extra: {decoder_learned_pos: true}}\ndata: {max_tokens_per_sentence: 1024}",
+            "data.max_tokens_per_sentence: must be below model.extra.max_target_positions (1024), learned positions",
+        ),
+    ],
+)
+def test_sentences_beyond_learned_positions_are_refused(settings: str, message: str) -> None:
+    assert message in error_of(f"name: x\n{settings}\nstages: [train]\n")
+    ends = settings.replace("1024", "1023").replace("40", "1024")
+    assert recipe.loads(f"name: x\n{ends}\nstages: [train]\n", "a.yaml")
+
+
+@pytest.mark.parametrize(
     ("stages", "message"),
     [
         ("[lottery]", "lottery: must follow train or lottery, is first"),
