@@ -4,6 +4,7 @@
     python benchmarks/compression.py --model runs/embedded/1-train/artefact --updates 300 --jobs 2
     python benchmarks/compression.py --table                # only the tables, of what is finished
     python benchmarks/compression.py --schemes int8 int4 --seeds 1 2 3 --name compression_scalar    # part of it
+    python benchmarks/compression.py --schemes int8 int4 --taught --seeds 1 2 3 --name compression_taught
 
 Every cell is a recipe, written to --runs and run by `tenko run`; what is finished is not done again. Bytes are of the
 file on disk, BLEU of the model read back from it, on the corpus's test split; differences from the model trained as
@@ -62,8 +63,10 @@ class Cell:
         return f"{self.scheme}-{self.method}"
 
 
-def cells(updates: int, lr: float) -> list[Cell]:
+def cells(updates: int, lr: float, taught: bool = False) -> list[Cell]:
     """All cells, each after the one it needs; every training path but post-training has the same number of updates."""
+    settled = {"lr_schedule": "linear", "dropout": 0.0}
+    teacher = {**settled, "distill": {"weight": 1.0}} if taught else {}
 
     def train(count: int) -> dict[str, Any]:
         count = max(count, 3)
@@ -80,14 +83,14 @@ def cells(updates: int, lr: float) -> list[Cell]:
         }
 
     def noise(scheme: str, p: float, count: int, **more: Any) -> dict[str, Any]:
-        return {"quant_noise": {"scheme": scheme, "p": p, "train": train(count), **more}}
+        return {"quant_noise": {"scheme": scheme, "p": p, "train": {**train(count), **teacher}, **more}}
 
     def thin(count: int) -> dict[str, Any]:
         """Of a model at 1.5 bits a weight: it underfits, so no dropout, and the rate falls to 0."""
-        return {**train(count), "lr": 2 * lr, "lr_schedule": "linear", "dropout": 0.0}
+        return {**train(count), "lr": 2 * lr, **settled}
 
     half = updates // 2
-    found = [Cell("fp32", "none", ({"train": train(updates)},))]
+    found = [Cell("fp32", "none", ({"train": {**train(updates), **teacher}},))]
     for scheme, more in (("int8", {}), ("int4", {"clip": "mse"})):
         found += [
             Cell(scheme, "ptq", ({"quantize": {"scheme": scheme, **more}},), after="fp32-none"),
@@ -177,16 +180,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="en-cs", help="a model that ships, or an artefact's folder")
     parser.add_argument("--direction", default="en-cs", choices=["en-cs", "cs-en"])
-    parser.add_argument("--runs", type=Path, default=Path("runs/compression"), help="where recipes and runs are kept")
+    parser.add_argument("--runs", type=Path, help="where recipes and runs are kept (default: runs/NAME)")
     parser.add_argument("--updates", type=int, default=600, help="of each training path")
     parser.add_argument("--lr", type=float, default=7e-4)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), choices=SCHEMES, help="rows, beside fp32")
+    parser.add_argument(
+        "--taught",
+        action="store_true",
+        help="fp32, int8 and int4 learn from the model they begin with, at a falling rate",
+    )
     parser.add_argument("--name", default="compression", help="of the files in docs/results")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
     parser.add_argument("--table", action="store_true", help="write the tables of what is finished, run nothing")
     args = parser.parse_args()
-    every = cells(args.updates, args.lr)
+    args.runs = args.runs or Path("runs") / args.name
+    every = cells(args.updates, args.lr, args.taught)
     rows = [cell for cell in every if cell.shown and cell.scheme in ("fp32", *args.schemes)]
     needed = {cell.after for cell in rows}
     todo = [cell for cell in every if cell in rows or cell.name in needed]
@@ -203,7 +212,8 @@ def write(todo: list[Cell], args: argparse.Namespace) -> None:
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{args.name}.json").write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
     seeds = " ".join(map(str, args.seeds))
-    part = "" if args.schemes == list(SCHEMES) else f" --schemes {' '.join(args.schemes)} --name {args.name}"
+    part = "" if args.schemes == list(SCHEMES) else f" --schemes {' '.join(args.schemes)}"
+    part += (" --taught" if args.taught else "") + ("" if args.name == "compression" else f" --name {args.name}")
     lines = [
         "# What each way to quantize costs",
         "",
