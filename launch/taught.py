@@ -61,7 +61,8 @@ def taught_corpus(
     if not distill.sequences:
         return corpus
     assert teacher is not None, "the recipe checks that a stage comes before"
-    folder = Path(distributed.from_rank0(str(_folder(context, corpus, teacher / ARTEFACT))))
+    named = str(_folder(context, corpus, teacher / ARTEFACT)) if distributed.rank() == 0 else None
+    folder = Path(distributed.from_rank0(named))
     _translate(context, device, corpus, teacher / ARTEFACT, folder)
     return corpus_from_rank0(lambda: _prepare(context, corpus, folder))
 
@@ -70,8 +71,7 @@ def _folder(context: StageContext, corpus: Corpus, artefact: Path) -> Path:
     search = dataclasses.astuple(decode_config(context.recipe))
     parts = (context.recipe.direction, corpus.manifest["hash"], sha256(artefact_file(artefact)), CHUNK, *search)
     folder = context.run_dir / TAUGHT / hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-    if distributed.rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
@@ -87,12 +87,9 @@ def _translate(context: StageContext, device: torch.device, corpus: Corpus, arte
     if not missing:
         context.reporter.log(f"{context.stage.name}: {folder} has the teacher's translations")
         return
-    engine = None
-    for turn in ("first", "others"):  # the first converts the model, the others find it converted
-        if (distributed.rank() == 0) == (turn == "first"):
-            engine = _engine(artefact, device)
-        distributed.barrier()
-    assert engine is not None
+    engine = _engine(artefact, device) if distributed.rank() == 0 else None  # others find it converted
+    distributed.barrier()
+    engine = engine or _engine(artefact, device)
     subwords, (source, target) = Subwords(corpus.spm_path), context.recipe.direction.split("-")
     world, decode = distributed.world_size(), decode_config(context.recipe)
     done = (len(chunks) - len(missing)) * CHUNK
