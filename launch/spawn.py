@@ -141,6 +141,8 @@ def _explained(error: Exception, agent: Agent, meeting: Meeting, crew: Crew) -> 
     nodes, place = meeting.nodes, f"{meeting.nodes.host}:{meeting.port}"
     verdict = meeting.verdict()
     if agent.rendezvous.round < 0:
+        if verdict is None and crew.stopping is not None:
+            return Halted(NOTHING_TO_SAVE, crew.code)
         if verdict is None and isinstance(error, RendezvousTimeoutError):
             there = agent.rendezvous.nodes_present()
             ending = f"{there} of {nodes.least} nodes came to {place} within {nodes.join_seconds:g} s"

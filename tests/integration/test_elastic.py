@@ -13,11 +13,13 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 from elastic_run import HERE, UPDATES, Run, expected, finish
 from processes import alive
+from torch.distributed import TCPStore
 
 pytestmark = pytest.mark.torchrun
 RANKS_FROM = re.compile(r"world (\d+) from (\d+)")
@@ -154,6 +156,20 @@ def test_a_notice_outside_of_a_training_ends_at_once(run: Run, workers: int) -> 
     done = finish(process, seconds=15)
     assert done.code == 75
     assert done.errors == ["tenko: stopped on notice outside of a training; the same command goes on"]
+
+
+def test_a_notice_while_a_node_waits_for_others_is_no_mistake_of_the_user(run: Run) -> None:
+    """SLURM's notice may come seconds after the start; with 75 its script puts the job into the queue again."""
+    port = free_port()
+    process = run.start("--nodes", "2", "--rendezvous", f"127.0.0.1:{port}")
+    store = TCPStore("127.0.0.1", port, wait_for_workers=False, timeout=timedelta(seconds=60))
+    store.get("torch.rendezvous.tenko")  # comes when the node waits for the other one
+    process.send_signal(signal.SIGUSR1)
+    done = finish(process)
+    assert (done.code, done.errors) == (
+        75,
+        ["tenko: stopped on notice outside of a training; the same command goes on"],
+    )
 
 
 def test_two_agents_go_on_after_a_kill_and_tell_one_story(run: Run) -> None:
