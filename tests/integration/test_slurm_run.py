@@ -142,7 +142,7 @@ def test_seeds_share_nodes_as_tasks_of_an_array_one_worker_a_task(
 def test_ahead_of_the_time_limit_a_run_saves_and_is_queued_again_but_not_when_cancelled(
     cluster: Cluster, small_tsv: Path, tmp_path: Path
 ) -> None:
-    """SLURM looks at time limits every 30 s, and tells up to 30 s early: the job has 2 minutes, and is told within 50 s;
+    """SLURM looks at time limits every 30 s and tells up to 30 s early: of its 2 minutes the job is told within 50 s;
     where it does not train yet there is nothing to save, and the next start is told."""
     run = tmp_path / "run"
     settings = {**LONG, "train.max_update": "100000", "train.valid_interval": "100000"}
