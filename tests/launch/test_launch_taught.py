@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,7 @@ SEQUENCES = DistillConfig(sequences=True)
 def context(request: pytest.FixtureRequest, small_tsv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The stage train after the model that ships, with files of 100 pairs."""
     monkeypatch.setattr(taught, "CHUNK", 100)
-    monkeypatch.setenv(engines.CACHE, str(tmp_path / "cache"))
-    (tmp_path / "1-pretrained").mkdir()
-    (tmp_path / "1-pretrained" / "artefact").symlink_to(pretrained.path(request.param))
+    shutil.copytree(pretrained.path(request.param), tmp_path / "1-pretrained" / "artefact")
     text = f"""
 name: taught
 direction: {request.param}
