@@ -1,4 +1,4 @@
-"""The command line of what takes a model: translate, evaluate, export, inspect; what they do is in `commands.py`."""
+"""The command line of what takes a model; what it does is in `commands.py` and `inspect_command.py`."""
 
 from __future__ import annotations
 

@@ -3,8 +3,8 @@
     runs/NAME/taught/HASH/00000.tsv ...             CHUNK pairs a file, English and Czech, in the corpus's order
     runs/NAME/taught/HASH/{train,valid,test}.tsv    what is prepared from them, as any other corpus is
 
-HASH is of the corpus, the teacher and the search, so stages with one teacher share it. A file is whole or
-absent: a run that was cut goes on behind the last one. All ranks translate; rank 0 writes.
+HASH is of the corpus, the teacher and the search, so stages with one teacher share it. A file that
+is not whole is made anew: a run that was cut goes on behind the last one. All ranks translate; rank 0 writes.
 
 Source: Kim & Rush 2016, "Sequence-Level Knowledge Distillation", section 3.2 (the teacher's distribution over sentences
 by the result of beam search).
@@ -25,7 +25,7 @@ from tenko.nmt import distributed, engines
 from tenko.nmt.config import DistillConfig
 from tenko.nmt.corpus import SPLITS, Corpus
 from tenko.nmt.prepare import prepare
-from tenko.nmt.shards import LANGS
+from tenko.nmt.shards import LANGS, PairShards
 from tenko.nmt.subwords import Subwords
 from tenko.nmt.text_io import sha256
 
@@ -79,11 +79,23 @@ def _chunk(folder: Path, number: int) -> Path:
     return folder / f"{number:05}.tsv"
 
 
+def _of_chunk(number: int, pairs: PairShards) -> range:
+    """The pairs that a file holds."""
+    return range(number * CHUNK, min((number + 1) * CHUNK, len(pairs)))
+
+
+def _is_whole(file: Path, pairs: int) -> bool:
+    """Whether it holds so many pairs; one that somebody has damaged is translated anew."""
+    lines = file.read_bytes().split(b"\n")[:-1] if file.is_file() else []
+    return [line.count(b"\t") for line in lines] == [1] * pairs
+
+
 def _translate(context: StageContext, device: torch.device, corpus: Corpus, artefact: Path, folder: Path) -> None:
     """Write the files of translations that are missing, as rank 0 sees them."""
     pairs = corpus.split("train")
     chunks = range(-(-len(pairs) // CHUNK))
-    missing = distributed.from_rank0([number for number in chunks if not _chunk(folder, number).is_file()])
+    there = [_is_whole(_chunk(folder, number), len(_of_chunk(number, pairs))) for number in chunks]
+    missing = distributed.from_rank0([number for number in chunks if not there[number]])
     if not missing:
         context.reporter.log(f"{context.stage.name}: {folder} has the teacher's translations")
         return
@@ -98,8 +110,7 @@ def _translate(context: StageContext, device: torch.device, corpus: Corpus, arte
         turn_of = missing[first : first + world]  # a file for each rank; the last turn may have fewer
         text = ""
         if distributed.rank() < len(turn_of):
-            begin = turn_of[distributed.rank()] * CHUNK
-            some = range(begin, min(begin + CHUNK, len(pairs)))
+            some = _of_chunk(turn_of[distributed.rank()], pairs)
             sources = [subwords.decode(pairs.tokens(source, index)) for index in some]
             text = _tsv({source: sources, target: engine.translate(sources, decode=decode)})
         texts = distributed.gather_json(text, device)

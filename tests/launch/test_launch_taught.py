@@ -87,12 +87,13 @@ def test_a_cut_run_translates_only_what_is_missing(context: StageContext) -> Non
     files = sorted(folder.glob("0*.tsv"))
     assert len(files) == 4
     assert all(len(file.read_text().splitlines()) == 100 for file in files[:3])
-    lost = files[1].read_text()
+    lost, damaged = files[1].read_text(), files[2].read_text()
     files[1].unlink()
+    files[2].write_text("no second column\n" * 100)
     kept = files[0].read_text().replace(".\t", "!\t")
     files[0].write_text(kept)
     again = taught.taught_corpus(context, CPU, corpus, SEQUENCES, context.previous)
-    assert (files[0].read_text(), files[1].read_text()) == (kept, lost)
+    assert [file.read_text() for file in files[:3]] == [kept, lost, damaged]
     assert again.path != first.path
     assert len(pairs(again) & pairs(first)) > 250
 
