@@ -40,7 +40,7 @@ def main() -> None:
     for group in PqConfig().blocks:
         for text in options.codebooks:
             block, centroids = map(int, text.split(","))
-            items = select_blocks(model, ("*",), (), dict.fromkeys(PqConfig().blocks, block))
+            items = select_blocks(model, ("*",), (), PqConfig(blocks=dict.fromkeys(PqConfig().blocks, block)))
             items = [item for item in items if item.group == group]
             exact = [item.weight.tensor.detach().clone() for item in items]
             codes_bits = books = 0

@@ -26,6 +26,9 @@ class PqConfig:
     centroids: int | dict[str, int] = 256
     """Centroids of a weight's codebook, at most 256, or by the groups of `blocks`; a weight with fewer distinct blocks
     takes as many as it has. A code takes the bits that count them: 64 take 6."""
+    bits: float = 0.0
+    """Bits a weight, codes and codebooks together, that the weights to quantize may take in the mean: each gets the
+    centroids by which the loss loses least. 0 takes `centroids`."""
     iterations: int = 25
     """Of k-means."""
 
@@ -44,6 +47,10 @@ class PqConfig:
                 raise ValueError(f"centroids: must be 2 to 256, is {count}")
         if self.iterations < 1:
             raise ValueError(f"iterations: must be at least 1, is {self.iterations}")
+        if not 0 <= self.bits <= 8:
+            raise ValueError(f"bits: must be 0 to 8, is {self.bits}")
+        if self.bits and self.centroids != 256:
+            raise ValueError("centroids: are chosen with bits above 0; leave them out, or bits")
 
     def centroids_of(self, group: str) -> int:
         """Centroids of the codebooks of a group of `blocks`."""

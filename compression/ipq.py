@@ -12,7 +12,7 @@ Fan et al. 2021, section 4.2 (iPQ of Transformers, with int8 centroids).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -47,12 +47,13 @@ class Ipq:
     Args:
         config: groups, blocks and centroids.
         seed: of k-means.
+        centroids: see `select_blocks`.
     """
 
     name = "ipq"
 
-    def __init__(self, config: IpqConfig, *, seed: int = 0) -> None:
-        self.config, self.seed = config, seed
+    def __init__(self, config: IpqConfig, *, seed: int = 0, centroids: Mapping[str, int] | None = None) -> None:
+        self.config, self.seed, self._centroids = config, seed, centroids
         self.scheme: PqScheme = config.scheme
         self._attached: list[Blocks] = []
         self._codebooks: dict[str, tuple[Codebook, nn.Parameter]] = {}
@@ -66,7 +67,7 @@ class Ipq:
         """
         assert not self._attached, "attached already"
         config = self.config
-        self._attached = select_blocks(model, config.include, config.exclude, config.blocks)
+        self._attached = select_blocks(model, config.include, config.exclude, config, centroids=self._centroids)
 
     @property
     def groups(self) -> list[str]:
@@ -86,7 +87,7 @@ class Ipq:
             ValueError: a weight holds inf, NaN or a value beyond fp16's.
         """
         items = list(self._of_group(group))
-        results = quantize_shared(items, self.config, scheme=self.scheme, seed=self.seed)
+        results = quantize_shared(items, iterations=self.config.iterations, scheme=self.scheme, seed=self.seed)
         error = whole = 0.0
         for item, (codes, codebook) in zip(items, results, strict=True):
             tensor = item.weight.tensor.detach()

@@ -11,7 +11,7 @@ Source: Jegou et al. 2011 (product quantization); Stock et al. 2020, section 3 (
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -38,24 +38,34 @@ class Blocks:
     """Weights that share a code."""
     group: str
     """The key of `PqConfig.blocks` that it belongs to."""
+    centroids: int
+    """Of its codebook, at most."""
 
 
 def select_blocks(
-    model: nn.Module, include: Sequence[str], exclude: Sequence[str], sizes: dict[str, int], key: str = "blocks"
+    model: nn.Module,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    config: PqConfig,
+    *,
+    key: str = "blocks",
+    centroids: Mapping[str, int] | None = None,
 ) -> list[Blocks]:
     """The weights to quantize with their block sizes, in the model's order; reads no values.
 
     Args:
         model: not parametrized yet.
         include, exclude: see `select_weights`.
-        sizes: `PqConfig.blocks`.
-        key: names it in messages.
+        config: blocks and centroids.
+        key: names its blocks in messages.
+        centroids: of weights by name, in the place of the configured ones.
 
     Raises:
         ValueError: a pattern or group matches nothing, groups before one take all that it matches, a selected weight
             is in no group or not fp32, or a size does not divide the columns of a weight; one line with the valid
             choices.
     """
+    sizes = config.blocks
     selected = select_weights(model, include, exclude)
     expect_fp32(selected)
     found = weights(model)
@@ -75,7 +85,11 @@ def select_blocks(
     if without:
         have = ", ".join(sizes)
         raise ValueError(f"{key}: {have} have no size for {some_names(without)}; add a group, or exclude them")
-    blocks = [Blocks(weight, sizes[group], group) for weight, group in grouped if group is not None]
+    blocks = [
+        Blocks(weight, sizes[group], group, (centroids or {}).get(weight.name, config.centroids_of(group)))
+        for weight, group in grouped
+        if group is not None
+    ]
     for item in blocks:
         rows = item.weight.tensor.shape[0]
         columns = item.weight.tensor.numel() // rows
@@ -157,8 +171,8 @@ def decode_packed(packed: Packed, shape: Sequence[int]) -> Tensor:
 @torch.no_grad()
 def quantize_shared(
     items: Sequence[Blocks],
-    config: PqConfig,
     *,
+    iterations: int,
     scheme: PqScheme,
     seed: int,
     starts: Sequence[Tensor] | None = None,
@@ -167,7 +181,7 @@ def quantize_shared(
 
     Args:
         items: the weights, equal on all ranks.
-        config: centroids and iterations.
+        iterations: of k-means.
         scheme: see `quantize_pq`.
         seed: of k-means; each weight has its own.
         starts: codebooks to go on from.
@@ -186,10 +200,10 @@ def quantize_shared(
         i: quantize_pq(
             item.weight.tensor,
             item.block,
-            config.centroids_of(item.group),
-            seed=_seed(seed, i),
+            item.centroids,
+            seed=weight_seed(seed, i),
             scheme=scheme,
-            iterations=config.iterations,
+            iterations=iterations,
             start=None if starts is None else starts[i],
         )
         for i, item in enumerate(items)
@@ -245,10 +259,10 @@ class PostTrainingPq:
     Nothing is finetuned and nothing is parametrized: `attach` only finds the weights and checks their block sizes.
     """
 
-    def __init__(self, config: QuantizeConfig, *, seed: int = 0) -> None:
+    def __init__(self, config: QuantizeConfig, *, seed: int = 0, centroids: Mapping[str, int] | None = None) -> None:
         assert config.scheme in ("pq", "pq_int8")
         self.name: str = config.scheme
-        self.config, self.seed = config, seed
+        self.config, self.seed, self._centroids = config, seed, centroids
         self._scheme: PqScheme = "pq" if config.scheme == "pq" else "pq_int8"
         self._attached: list[Blocks] = []
         self._packed: dict[str, Packed] = {}
@@ -256,7 +270,9 @@ class PostTrainingPq:
     def attach(self, model: nn.Module) -> None:
         assert not self._attached, "attached already"
         config = self.config
-        self._attached = select_blocks(model, config.include, config.exclude, config.pq.blocks, "pq.blocks")
+        self._attached = select_blocks(
+            model, config.include, config.exclude, config.pq, key="pq.blocks", centroids=self._centroids
+        )
 
     def before_update(self, update: int) -> None:
         """Nothing: weights are quantized once, in `bake`."""
@@ -278,8 +294,8 @@ class PostTrainingPq:
             codes, codebook = quantize_pq(
                 item.weight.tensor,
                 item.block,
-                self.config.pq.centroids_of(item.group),
-                seed=_seed(self.seed, i),
+                item.centroids,
+                seed=weight_seed(self.seed, i),
                 scheme=self._scheme,
                 iterations=self.config.pq.iterations,
             )
@@ -298,5 +314,5 @@ class PostTrainingPq:
         """Nothing to take."""
 
 
-def _seed(seed: int, weight: int) -> int:
+def weight_seed(seed: int, weight: int) -> int:
     return int(np.random.SeedSequence((seed, weight)).generate_state(1)[0])

@@ -18,6 +18,7 @@ zero noise also multiplies what is left by 1 / (1 - p), as dropout does; the pap
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -48,12 +49,13 @@ class PqNoise:
     Args:
         config: p, weights, blocks and noise.
         seed: of masks and k-means; the same on all ranks.
+        centroids: see `select_blocks`.
     """
 
-    def __init__(self, config: QuantNoiseConfig, *, seed: int = 0) -> None:
+    def __init__(self, config: QuantNoiseConfig, *, seed: int = 0, centroids: Mapping[str, int] | None = None) -> None:
         assert config.scheme in ("pq", "pq_int8")
         self.name = "pq_noise"
-        self.config, self.seed = config, seed
+        self.config, self.seed, self._centroids = config, seed, centroids
         self.scheme: PqScheme = "pq" if config.scheme == "pq" else "pq_int8"
         self._update = 0
         self._attached: list[Blocks] = []
@@ -68,7 +70,9 @@ class PqNoise:
         """
         assert not self._attached, "attached already"
         config = self.config
-        self._attached = select_blocks(model, config.include, config.exclude, config.pq.blocks, "pq.blocks")
+        self._attached = select_blocks(
+            model, config.include, config.exclude, config.pq, key="pq.blocks", centroids=self._centroids
+        )
         for position, item in enumerate(self._attached):
             self._readers.append(NoisyBlocks(self, item, position))
             parametrize_weight(item.weight, self._readers[-1])
@@ -140,7 +144,7 @@ class PqNoise:
         starts = [reader.codebook for reader in self._readers]
         fitted = quantize_shared(
             self._attached,
-            self.config.pq,
+            iterations=self.config.pq.iterations,
             scheme=self.scheme,
             seed=self.seed,
             starts=[start for start in starts if start is not None] if self._fitted else None,

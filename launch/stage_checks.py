@@ -18,6 +18,7 @@ from tenko.compression.pruning import prunable, remaining_count
 from tenko.nmt.config import ModelConfig
 from tenko.nmt.corpus import Corpus
 
+from .codebooks import check_bits
 from .rundir import ARTEFACT, RunDirectory, StageContext
 from .stage_kinds import ExportConfig, unfit_for_pruned
 
@@ -55,9 +56,11 @@ def _check(config: Any, model: nn.Module, model_config: ModelConfig, corpus: Cor
                 f"fraction: {config.fraction} leaves none of {total:,} weights after {config.rounds} rounds"
             )
     elif isinstance(config, IpqConfig):
-        select_blocks(model, config.include, config.exclude, config.blocks)
+        items = select_blocks(model, config.include, config.exclude, config)
+        check_bits(items, config, config.scheme, "bits")
     elif isinstance(config, QuantizeConfig) and config.scheme in ("pq", "pq_int8"):
-        select_blocks(model, config.include, config.exclude, config.pq.blocks, "pq.blocks")
+        items = select_blocks(model, config.include, config.exclude, config.pq, key="pq.blocks")
+        check_bits(items, config.pq, config.scheme, "pq.bits")
     elif isinstance(config, QuantizeConfig):
         select_noisy(model, config)
     elif isinstance(config, ExportConfig) and config.format == "ctranslate2":

@@ -23,6 +23,7 @@ from tenko.compression.ipq import Ipq
 from tenko.nmt import checkpoint, distributed
 from tenko.nmt.trainer_state import load_weights
 
+from .codebooks import chosen_centroids
 from .rundir import ARTEFACT, RunDirectory, StageContext
 from .stage_checks import check_stages
 from .stage_kinds import IpqStage
@@ -49,7 +50,10 @@ def run_ipq(context: StageContext) -> None:
     taught_by = _taught_by(context)
     teacher = read_model(taught_by / ARTEFACT)[0].to(accelerator.device) if config.distill.weight > 0 else None
     corpus = taught_corpus(context, accelerator.device, corpus, config.distill, taught_by)
-    technique = Ipq(config, seed=context.recipe.seed)
+    centroids = chosen_centroids(
+        context, model, corpus, config, include=config.include, exclude=config.exclude, scheme=config.scheme
+    )
+    technique = Ipq(config, seed=context.recipe.seed, centroids=centroids)
     technique.attach(model)
     figures = []
     turns = [technique.groups] if config.together else [[group] for group in technique.groups]

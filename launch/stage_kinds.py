@@ -111,6 +111,14 @@ def problem(kind: str, config: StageConfig, before: Sequence[Spec]) -> tuple[str
             return "", f"can't follow quant_noise with scheme {noise} and p: 1, which leaves codewords already"
         if kind == "quantize" and not scheme.startswith("pq"):
             return "scheme", f"must be pq or pq_int8 after quant_noise with scheme {noise}, is {scheme}"
+        if isinstance(config, IpqConfig) and before[-1].config.p == 1:
+            if config.bits:
+                return "bits", "must be 0 after quant_noise with p: 1, whose codebooks this stage trains"
+            if before[-1].config.pq.bits and config.centroids != 256:
+                return (
+                    "centroids",
+                    "must be 256 after quant_noise with p: 1 and bits, which has chosen how many there are",
+                )
     if isinstance(config, TrainConfig) and not before:
         for key, off in (("weight", 0), ("sequences", False)):
             if getattr(config.distill, key) != off:

@@ -12,17 +12,19 @@ import time
 
 from torch import nn
 
-from tenko.compression import QuantizeConfig, QuantNoise, QuantNoiseConfig, Technique, activation_ranges, read_artefact
+from tenko.compression import QuantizeConfig, QuantNoise, Technique, activation_ranges, read_artefact
 from tenko.compression.masks import Masks, PrunedWeights
-from tenko.compression.pq import PostTrainingPq
+from tenko.compression.pq import PostTrainingPq, PqScheme
 from tenko.compression.pq_noise import PqNoise
 from tenko.nmt import distributed
+from tenko.nmt.corpus import Corpus
 
+from .codebooks import chosen_centroids
 from .rundir import ARTEFACT, StageContext
 from .stage_checks import check_stages, pruned_before
 from .stage_kinds import QuantNoiseStage
 from .stage_results import write_and_measure
-from .stage_tools import open_corpus, previous_model, start
+from .stage_tools import open_corpus, previous_model, read_model, start
 from .stage_training import train_model
 from .taught import taught_corpus
 
@@ -38,7 +40,11 @@ def run_quant_noise(context: StageContext) -> None:
     check_stages(context, model, model_config, corpus)
     model = model.to(accelerator.device)
     teacher = copy.deepcopy(model) if config.train.distill.weight > 0 else None
-    technique = _noise(config, context.recipe.seed)
+    technique: QuantNoise | PqNoise
+    if config.scheme in ("pq", "pq_int8"):
+        technique = PqNoise(config, seed=context.recipe.seed, centroids=_centroids(context, config, model, corpus))
+    else:
+        technique = QuantNoise(config, context.recipe.seed)
     pruned = _pruned(context, model)
     techniques: list[Technique] = [*pruned, technique]  # masks first: they go on the plain weights
     for each in techniques:
@@ -66,19 +72,24 @@ def run_quant_noise(context: StageContext) -> None:
 
 
 def run_quantize(context: StageContext) -> None:
-    """Quantize the weights of the stage before; rank 0 works, there is nothing to share."""
+    """Quantize the weights of the stage before; rank 0 works, all choose centroids where these are to be chosen."""
     config = context.stage.config
     assert isinstance(config, QuantizeConfig)
     started = time.monotonic()
-    start(context)  # makes the process group, when a resumed run begins here
+    accelerator = start(context)  # makes the process group, when a resumed run begins here
     corpus = open_corpus(context)
+    centroids = {}
+    if config.scheme in ("pq", "pq_int8") and config.pq.bits:
+        assert context.previous is not None, "the recipe checks that this stage follows another"
+        model = read_model(context.previous / ARTEFACT)[0].to(accelerator.device)
+        centroids = _centroids(context, config, model, corpus)
     if distributed.rank() == 0:
         model, model_config = previous_model(context)
         assert context.previous is not None, "previous_model has read it"
         ranges = read_artefact(context.previous / ARTEFACT)[1].get("activations")
         technique: Technique
         if config.scheme in ("pq", "pq_int8"):
-            technique = PostTrainingPq(config, seed=context.recipe.seed)
+            technique = PostTrainingPq(config, seed=context.recipe.seed, centroids=centroids)
         else:
             technique = QuantNoise(config)
         technique.attach(model)
@@ -96,8 +107,12 @@ def run_quantize(context: StageContext) -> None:
     distributed.barrier()
 
 
-def _noise(config: QuantNoiseConfig, seed: int) -> QuantNoise | PqNoise:
-    return PqNoise(config, seed=seed) if config.scheme in ("pq", "pq_int8") else QuantNoise(config, seed)
+def _centroids(context: StageContext, config: QuantizeConfig, model: nn.Module, corpus: Corpus) -> dict[str, int]:
+    """Chosen centroids by weight, on every rank."""
+    scheme: PqScheme = "pq" if config.scheme == "pq" else "pq_int8"
+    return chosen_centroids(
+        context, model, corpus, config.pq, include=config.include, exclude=config.exclude, scheme=scheme
+    )
 
 
 def _pruned(context: StageContext, model: nn.Module) -> list[Technique]:

@@ -200,9 +200,8 @@ def test_the_same_model_and_seed_bake_the_same(small_corpus: Corpus) -> None:
 
 def test_the_first_group_that_matches_gives_the_block(small_corpus: Corpus) -> None:
     sizes = {"*encoder.layers.0.self_attn.*": 2, "attention": 4, "ffn": 16, "embedding": 8}
-    found = {
-        item.weight.name: (item.block, item.group) for item in select_blocks(toy_model(small_corpus), ("*",), (), sizes)
-    }
+    items = select_blocks(toy_model(small_corpus), ("*",), (), PqConfig(blocks=sizes))
+    found = {item.weight.name: (item.block, item.group) for item in items}
     assert found["encoder.layers.0.self_attn.q_proj.weight"] == (2, "*encoder.layers.0.self_attn.*")
     assert found["decoder.layers.0.self_attn.q_proj.weight"] == (4, "attention")
     assert found["decoder.layers.0.fc2.weight"] == (16, "ffn")

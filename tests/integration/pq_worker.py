@@ -14,12 +14,14 @@ from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from toy_training import snapshot, toy_model, toy_trainer
 
+from tenko.compression.codebook_sizes import choose_centroids
 from tenko.compression.config import IpqConfig, PqNoiseConfig, QuantNoiseConfig
 from tenko.compression.ipq import Ipq
 from tenko.compression.pq import quantize_shared, select_blocks
 from tenko.compression.pq_noise import PqNoise
 from tenko.nmt import distributed
 from tenko.nmt.corpus import Corpus
+from tenko.nmt.sensitivity import squared_gradients
 
 IPQ = IpqConfig(centroids=16, iterations=5)
 NOISE = QuantNoiseConfig(scheme="pq", p=0.3, pq=PqNoiseConfig(centroids=16, iterations=5, refit_interval=2))
@@ -33,8 +35,8 @@ def wrap(module: nn.Module) -> tuple[nn.Module, None]:
 
 def shared(corpus: Corpus) -> dict[str, torch.Tensor]:
     """k-means divided among the ranks."""
-    items = select_blocks(toy_model(corpus), ("*",), (), IPQ.blocks)
-    found = quantize_shared(items, IPQ, scheme="pq", seed=3)
+    items = select_blocks(toy_model(corpus), ("*",), (), IPQ)
+    found = quantize_shared(items, iterations=IPQ.iterations, scheme="pq", seed=3)
     tensors = {}
     for item, (codes, codebook) in zip(items, found, strict=True):
         tensors |= {f"{item.weight.name}/codes": codes, f"{item.weight.name}/codebook": codebook}
@@ -71,8 +73,22 @@ def train(corpus: Corpus, folder: Path, model: nn.Module, technique: Any, update
     return snapshot(trainer)
 
 
+def chosen(corpus: Corpus) -> dict[str, torch.Tensor]:
+    """Centroids of each weight, where all weights are minded alike."""
+    items = select_blocks(toy_model(corpus), ("*",), (), IPQ)
+    alike = {item.weight.name: torch.ones_like(item.weight.tensor) for item in items}
+    found = choose_centroids(items, alike, 3.5, scheme="pq", seed=3)
+    return {name: torch.tensor(count) for name, count in found.items()}
+
+
 def all_of(corpus: Corpus, folder: Path) -> dict[str, dict[str, torch.Tensor]]:
-    return {"shared": shared(corpus), "ipq": ipq(corpus, folder), "noise": noise(corpus, folder)}
+    return {
+        "shared": shared(corpus),
+        "chosen": chosen(corpus),
+        "gradients": squared_gradients(toy_model(corpus), corpus, "en-cs", seed=2, batches=4),
+        "ipq": ipq(corpus, folder),
+        "noise": noise(corpus, folder),
+    }
 
 
 def main() -> None:

@@ -29,7 +29,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, small_corpus: Corpus) -> Pa
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    assert [f"holds: {scenario}" in done.stdout for scenario in ("shared", "ipq", "noise")] == [True] * 3
+    scenarios = ("shared", "chosen", "ipq", "noise", "gradients")
+    assert [f"holds: {scenario}" in done.stdout for scenario in scenarios] == [True] * len(scenarios)
     return folder
 
 
@@ -39,8 +40,12 @@ def test_two_ranks_agree_and_quantize_and_train_as_one_process_does(
     two = torch.load(folder / "two.pt", weights_only=True)
     one = all_of(small_corpus, tmp_path)
     assert one.keys() == two.keys()
-    for name, tensor in one["shared"].items():
-        assert torch.equal(tensor, two["shared"][name]), name
+    for scenario in ("shared", "chosen"):
+        assert one[scenario].keys() == two[scenario].keys()
+        for name, tensor in one[scenario].items():
+            assert torch.equal(tensor, two[scenario][name]), name
+    for name, tensor in one["gradients"].items():
+        torch.testing.assert_close(two["gradients"][name], tensor, rtol=1e-4, atol=1e-12)
     for scenario in ("ipq", "noise"):
         assert one[scenario].keys() == two[scenario].keys()
         for name, tensor in one[scenario].items():

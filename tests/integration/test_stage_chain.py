@@ -128,6 +128,11 @@ def test_a_pruned_model_stays_pruned_when_another_recipe_goes_on_with_it(
     [
         (["export"], "model.extra={activation_fn: tanh}", "export.format: CTranslate2 has no activation tanh; it has "),
         ([{"lottery": {"fraction": 0.99}}], "train.keep_updates=[0]", "lottery.fraction: 0.99 leaves none of "),
+        (
+            [{"quantize": {"scheme": "pq", "pq": {"bits": 0.2}}}],
+            "train.lr=0.1",
+            "quantize.pq.bits: must be 0, or at least 0.7",
+        ),
     ],
 )
 def test_what_only_the_model_can_tell_of_later_stages_is_told_before_any_training(

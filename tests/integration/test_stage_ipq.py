@@ -113,11 +113,15 @@ def test_a_run_cut_within_a_group_ends_as_an_uncut_one(whole: Path, small_tsv: P
     assert (directory / file).read_bytes() == (whole / file).read_bytes()
 
 
-def test_int8_centroids_under_loss_scaling(whole: Path, small_tsv: Path) -> None:
+def test_chosen_int8_centroids_under_loss_scaling(whole: Path, small_tsv: Path) -> None:
     directory = whole.with_name("half")
-    done(run(directory, small_tsv, {"scheme": "pq_int8", "distill": {"weight": 0.0}}, precision="fp16", max_update=4))
+    ipq = {"scheme": "pq_int8", "centroids": 256, "bits": 3.2, "distill": {"weight": 0.0}}
+    done(run(directory, small_tsv, ipq, precision="fp16", max_update=4))
     state, metadata = read_artefact(directory / "2-ipq" / "artefact")
     assert {entry["scheme"] for entry in metadata["tensors"].values()} == {"dense", "pq_int8"}
+    chosen = json.loads((directory / "2-ipq" / "centroids.json").read_text())
+    codebooks = group(directory, GROUPS[2])[1]["technique"]
+    assert {name: kept["centroids"] for name, kept in codebooks.items()} == chosen
     assert all(bool(torch.isfinite(tensor).all()) for tensor in state.values())
     lines = (directory / "2-ipq" / GROUPS[2] / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[0])["scale"] > 0
@@ -133,3 +137,20 @@ def test_a_block_that_does_not_divide_is_one_line_before_any_training(
     assert "ipq.blocks: attention is 3, which does not divide the 16 columns of" in ended.errors[0]
     assert "possible are 1, 2, 4, 8, 16" in ended.errors[0]
     assert not list((tmp_path / "bad").rglob("update-*"))
+
+
+def test_what_a_cut_stage_has_chosen_counts_when_it_goes_on(whole: Path, small_tsv: Path) -> None:
+    directory = Path(shutil.copytree(whole, whole.with_name("chosen"), ignore=shutil.ignore_patterns("2-ipq")))
+    bits = {"centroids": 256, "bits": 3.5, "together": True}
+    path = write_recipe(directory.with_suffix(".yaml"), small_tsv, [{"train": TRAIN}, {"ipq": bits}])
+    shutil.copy(path, directory / "config.yaml")
+    file = directory / "2-ipq" / "centroids.json"
+    file.parent.mkdir()
+    names = [
+        name for name, entry in read_artefact(whole / "2-ipq/artefact")[1]["tensors"].items() if entry["scheme"] == "pq"
+    ]
+    file.write_text(json.dumps(dict.fromkeys(names, 2)))
+    ended = done(tenko("run", path, "--run-dir", directory))
+    assert "centroids a weight" not in ended.out
+    codebooks = group(directory, "group-1-all")[1]["technique"]
+    assert {kept["centroids"] for kept in codebooks.values()} == {2}

@@ -16,6 +16,7 @@ from toy_recipe import write_recipe
 
 from tenko.compression import read_artefact
 from tenko.compression.config import QuantizeConfig
+from tenko.compression.contents import read_contents
 from tenko.compression.noise import make_quantizer
 from tenko.compression.scalar import decode
 from tenko.nmt import checkpoint
@@ -155,26 +156,31 @@ def test_product_quantization_noise_leaves_dense_weights_for_codes_to_follow(sma
     blocks = {"blocks": {"ffn": 8, "embedding": 8, "attention": 4}, "centroids": 16}
     train = {"max_update": 4, "valid_interval": 4, "average_last": 1}
     noise = {"scheme": "pq", "p": 0.1, "pq": {**blocks, "refit_interval": 2}, "train": train}
-    quantize = {"scheme": "pq", "pq": blocks}
-    path = recipe(tmp_path, small_tsv, {"train": TRAIN}, {"quant_noise": noise}, {"quantize": quantize}, workers=1)
+    quantize = {"scheme": "pq", "pq": {"blocks": blocks["blocks"], "bits": 2.2}}
+    path = recipe(tmp_path, small_tsv, {"train": TRAIN}, {"quant_noise": noise}, {"quantize": quantize}, workers=2)
     run(path, tmp_path / "run")
     schemes = [
         {entry["scheme"] for entry in read_artefact(tmp_path / "run" / stage / "artefact")[1]["tensors"].values()}
         for stage in ("2-quant_noise", "3-quantize")
     ]
     assert schemes == [{"dense"}, {"dense", "pq"}]
+    chosen = json.loads((tmp_path / "run/3-quantize/centroids.json").read_text())
+    rows = {row.name: row for row in read_contents(tmp_path / "run/3-quantize/artefact").rows if row.scheme == "pq"}
+    assert chosen.keys() == rows.keys()
+    assert len(set(chosen.values())) > 1, "not the same for all"
+    bits = 8 * sum(row.bytes for row in rows.values()) / sum(row.elements for row in rows.values())
+    assert 2.0 < bits < 2.21
 
 
+@pytest.mark.parametrize("pq", [{"centroids": {"ffn": 8, "embedding": 32, "attention": 16}}, {"bits": 2.5}])
 def test_trained_at_p_1_a_model_is_product_quantized_and_ipq_goes_on_with_its_codes(
-    small_tsv: Path, tmp_path: Path
+    small_tsv: Path, tmp_path: Path, pq: dict[str, Any]
 ) -> None:
-    pq = {
-        "blocks": {"ffn": 4, "embedding": 2, "attention": 8},
-        "centroids": {"ffn": 8, "embedding": 32, "attention": 16},
-    }
+    blocks = {"blocks": {"ffn": 4, "embedding": 2, "attention": 8}}
     train = {"max_update": 4, "valid_interval": 4, "average_last": 1}
-    noise = {"scheme": "pq", "p": 1, "pq": pq, "train": train}
-    ipq = {**pq, "together": True, "train": {**train, "log_interval": 1}, "distill": {"weight": 1.0}}
+    noise = {"scheme": "pq", "p": 1, "pq": {**blocks, **pq}, "train": train}
+    given = {key: value for key, value in pq.items() if key != "bits"}
+    ipq = {**blocks, **given, "together": True, "train": {**train, "log_interval": 1}, "distill": {"weight": 1.0}}
     path = recipe(tmp_path, small_tsv, {"train": TRAIN}, {"quant_noise": noise}, {"ipq": ipq}, workers=1)
     run(path, tmp_path / "run")
     (quantized, first), (finetuned, _) = (
@@ -182,12 +188,13 @@ def test_trained_at_p_1_a_model_is_product_quantized_and_ipq_goes_on_with_its_co
     )
     assert {entry["scheme"] for entry in first["tensors"].values()} == {"dense", "pq"}
     result = json.loads((tmp_path / "run/3-ipq/result.json").read_text())
-    assert [(group["error"], group["blocks"]) for group in result["groups"]] == [(0, pq["blocks"])]
-    for name, block, centroids in (
-        ("decoder.layers.0.fc1.weight", 4, 8),
-        ("encoder.embed_tokens.weight", 2, 32),
-        ("encoder.layers.0.self_attn.k_proj.weight", 8, 16),
-    ):
+    assert [(group["error"], group["blocks"]) for group in result["groups"]] == [(0, blocks["blocks"])]
+    names = ("decoder.layers.0.fc1.weight", "encoder.embed_tokens.weight", "encoder.layers.0.self_attn.k_proj.weight")
+    chosen = dict(zip(names, (8, 32, 16), strict=True))
+    if "bits" in pq:
+        chosen = json.loads((tmp_path / "run/2-quant_noise/centroids.json").read_text())
+    for name, block in zip(names, (4, 2, 8), strict=True):
+        centroids = chosen[name]
         codes = [state[name].reshape(-1, block) for state in (quantized, finetuned)]
         assert [len(blocks.unique(dim=0)) for blocks in codes] == [centroids, centroids]
         assert not torch.equal(*codes), "centroids are trained"

@@ -270,6 +270,18 @@ def test_sentences_beyond_learned_positions_are_refused(settings: str, message: 
             "quant_noise.p: must be below 1 with pq.noise: zero, which would leave nothing else, is 1",
         ),
         (
+            "[train, quant_noise: {scheme: pq, p: 1, pq: {bits: 2}}, ipq: {together: true, bits: 2}]",
+            "ipq.bits: must be 0 after quant_noise with p: 1, whose codebooks this stage trains",
+        ),
+        (
+            "[train, quant_noise: {scheme: pq, p: 1, pq: {bits: 2}}, ipq: {together: true, centroids: 32}]",
+            "ipq.centroids: must be 256 after quant_noise with p: 1 and bits, which has chosen how many there are",
+        ),
+        (
+            "[train, quantize: {scheme: pq, pq: {bits: 2, centroids: 32}}]",
+            "quantize.pq.centroids: are chosen with bits above 0; leave them out, or bits",
+        ),
+        (
             "[train, quantize: {scheme: pq, granularity: tensor}]",
             "quantize.granularity: tensor is for the other schemes, scheme is pq",
         ),

@@ -1,0 +1,93 @@
+"""Centroids chosen for each weight by what its error costs the loss (`pq.bits`), once a stage.
+
+    runs/NAME/2-quant_noise/centroids.json          {weight: centroids}; a stage that was cut goes on with these
+
+How they are chosen, `tenko/compression/codebook_sizes.py` tells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tenko.compression.codebook_sizes import SIZES, choose_centroids, least_bits
+from tenko.compression.config import PqConfig
+from tenko.compression.pq import Blocks, PqScheme, select_blocks
+from tenko.nmt import distributed, sensitivity
+from tenko.nmt.corpus import Corpus
+
+from .files import read_json, write_json_atomic
+from .rundir import StageContext
+
+CENTROIDS = "centroids.json"
+
+
+def check_bits(items: Sequence[Blocks], config: PqConfig, scheme: PqScheme, key: str) -> None:
+    """Raises: ValueError if `config.bits` are fewer than the fewest centroids take; `key` names them."""
+    if config.bits and config.bits < (least := least_bits(items, scheme)):
+        raise ValueError(f"{key}: must be 0, or at least {least:.3f} for these blocks, is {config.bits}")
+
+
+def chosen_centroids(
+    context: StageContext,
+    model: nn.Module,
+    corpus: Corpus,
+    config: PqConfig,
+    *,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    scheme: PqScheme,
+) -> dict[str, int]:
+    """Centroids by weight; called on every rank. Empty where `config.bits` is 0: those of the recipe count.
+
+    Args:
+        context: the stage.
+        model: plain, as it is to be quantized.
+        corpus: gives the sentences whose loss counts.
+        config: blocks and bits.
+        include, exclude, scheme: of the stage.
+
+    Raises:
+        ValueError: a weight holds inf, NaN or a value that fp16 does not reach.
+    """
+    if not config.bits:
+        return {}
+    items = select_blocks(model, include, exclude, config)
+    file = context.directory / CENTROIDS
+    kept = distributed.from_rank0(_read(file, items))
+    if kept is not None:
+        return dict(kept)
+    seed, reporter, name = context.recipe.seed, context.reporter, context.stage.name
+    reporter.start(f"{name}: what an error of each weight costs", sensitivity.BATCHES // distributed.world_size())
+    gradients = sensitivity.squared_gradients(
+        model, corpus, context.recipe.direction, seed=seed, on_batch=reporter.advance
+    )
+    own, done = len(items[distributed.rank() :: distributed.world_size()]), 0
+    reporter.start(f"{name}: centroids of each weight", own)
+
+    def advance() -> None:
+        nonlocal done
+        done += 1
+        reporter.advance(done)
+
+    chosen = choose_centroids(items, gradients, config.bits, scheme=scheme, seed=seed, on_weight=advance)
+    reporter.finish()
+    few, many = min(chosen.values()), max(chosen.values())
+    reporter.log(f"{name}: {few} to {many} centroids a weight ({file})")
+    if distributed.rank() == 0:
+        write_json_atomic(file, chosen)
+    distributed.barrier()
+    return chosen
+
+
+def _read(file: Path, items: Sequence[Blocks]) -> dict[str, Any] | None:
+    """What an earlier start has chosen for these weights; None where it has not, or the file is damaged."""
+    try:
+        found = read_json(file)
+    except (OSError, ValueError):
+        return None
+    fits = isinstance(found, dict) and found.keys() == {item.weight.name for item in items}
+    return found if fits and all(count in SIZES for count in found.values()) else None
