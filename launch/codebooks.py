@@ -7,6 +7,7 @@ How they are chosen, `tenko/compression/codebook_sizes.py` tells.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ CENTROIDS = "centroids.json"
 def check_bits(items: Sequence[Blocks], config: PqConfig, scheme: PqScheme, key: str) -> None:
     """Raises: ValueError if `config.bits` are fewer than the fewest centroids take; `key` names them."""
     if config.bits and config.bits < (least := least_bits(items, scheme)):
-        raise ValueError(f"{key}: must be 0, or at least {least:.3f} for these blocks, is {config.bits}")
+        enough = math.ceil(least * 1000) / 1000  # rounded up, so that it can be taken as it is told
+        raise ValueError(f"{key}: must be 0, or at least {enough:.3f} for these blocks, is {config.bits}")
 
 
 def chosen_centroids(

@@ -131,7 +131,7 @@ def test_a_pruned_model_stays_pruned_when_another_recipe_goes_on_with_it(
         (
             [{"quantize": {"scheme": "pq", "pq": {"bits": 0.2}}}],
             "train.lr=0.1",
-            "quantize.pq.bits: must be 0, or at least 0.7",
+            "quantize.pq.bits: must be 0, or at least 0.4",
         ),
     ],
 )
