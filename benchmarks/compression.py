@@ -31,10 +31,7 @@ from tenko.nmt.significance import paired_bootstrap
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
-PQ = {
-    "blocks": {"ffn": 4, "embedding": 4, "attention": 4},
-    "centroids": {"ffn": 32, "embedding": 256, "attention": 64},
-}
+PQ = {"blocks": {"ffn": 4, "embedding": 3, "attention": 4}, "bits": 1.53}
 """As in recipes/ipq.yaml."""
 SCHEMES = ("int8", "int4", "pq", "pq_int8")
 METHODS = {

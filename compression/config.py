@@ -70,6 +70,8 @@ class PqNoiseConfig(PqConfig):
         super().__post_init__()
         if self.refit_interval < 0:
             raise ValueError(f"refit_interval: must be at least 0, is {self.refit_interval}")
+        if self.bits and self.noise == "zero":
+            raise ValueError("bits: must be 0 with noise: zero, which has no codebooks")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -162,9 +162,10 @@ def test_a_weight_that_holds_nan_is_named(small_corpus: Corpus) -> None:
     [
         ({"bits": -1.0}, "bits: must be 0 to 8, is -1.0"),
         ({"bits": 9.0}, "bits: must be 0 to 8, is 9.0"),
+        ({"bits": 1.5, "noise": "zero"}, "bits: must be 0 with noise: zero, which has no codebooks"),
         ({"bits": 1.5, "centroids": 64}, "centroids: are chosen with bits above 0; leave them out, or bits"),
     ],
 )
 def test_bad_settings_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        PqConfig(**fields)
+        PqNoiseConfig(**fields)
