@@ -1,6 +1,8 @@
 """Centroids chosen for each weight by what its error costs the loss (`pq.bits`), once a stage.
 
-    runs/NAME/2-quant_noise/centroids.json          {weight: centroids}; a stage that was cut goes on with these
+    runs/NAME/2-quant_noise/centroids.json          what was asked for, and the centroids of each weight
+
+A stage that was cut goes on with these, unless something else is asked for now.
 
 How they are chosen, `tenko/compression/codebook_sizes.py` tells.
 """
@@ -16,12 +18,14 @@ from torch import nn
 
 from tenko.compression.codebook_sizes import SIZES, choose_centroids, least_bits
 from tenko.compression.config import PqConfig
+from tenko.compression.container import artefact_file
 from tenko.compression.pq import Blocks, PqScheme, select_blocks
 from tenko.nmt import distributed, sensitivity
 from tenko.nmt.corpus import Corpus
+from tenko.nmt.text_io import sha256
 
 from .files import read_json, write_json_atomic
-from .rundir import StageContext
+from .rundir import ARTEFACT, StageContext
 
 CENTROIDS = "centroids.json"
 
@@ -58,11 +62,18 @@ def chosen_centroids(
     if not config.bits:
         return {}
     items = select_blocks(model, include, exclude, config)
+    seed, reporter, name = context.recipe.seed, context.reporter, context.stage.name
     file = context.directory / CENTROIDS
-    kept = distributed.from_rank0(_read(file, items))
+    asked: dict[str, Any] = {"bits": config.bits, "scheme": scheme, "seed": seed}
+    asked["blocks"] = {item.weight.name: item.block for item in items}
+    kept = None
+    if distributed.rank() == 0:
+        assert context.previous is not None, "the recipe checks that the stage follows another"
+        asked["model"] = sha256(artefact_file(context.previous / ARTEFACT))
+        kept = read_chosen(file, asked)
+    kept = distributed.from_rank0(kept)
     if kept is not None:
         return dict(kept)
-    seed, reporter, name = context.recipe.seed, context.reporter, context.stage.name
     reporter.start(f"{name}: what an error of each weight costs", sensitivity.BATCHES // distributed.world_size())
     gradients = sensitivity.squared_gradients(
         model, corpus, context.recipe.direction, seed=seed, on_batch=reporter.advance
@@ -80,16 +91,18 @@ def chosen_centroids(
     few, many = min(chosen.values()), max(chosen.values())
     reporter.log(f"{name}: {few} to {many} centroids a weight ({file})")
     if distributed.rank() == 0:
-        write_json_atomic(file, chosen)
+        write_json_atomic(file, {"asked": asked, "centroids": chosen})
     distributed.barrier()
     return chosen
 
 
-def _read(file: Path, items: Sequence[Blocks]) -> dict[str, Any] | None:
-    """What an earlier start has chosen for these weights; None where it has not, or the file is damaged."""
+def read_chosen(file: Path, asked: dict[str, Any]) -> dict[str, int] | None:
+    """What an earlier start has chosen, where it was asked the same; None where not, or the file is damaged."""
     try:
         found = read_json(file)
     except (OSError, ValueError):
         return None
-    fits = isinstance(found, dict) and found.keys() == {item.weight.name for item in items}
-    return found if fits and all(count in SIZES for count in found.values()) else None
+    chosen = found.get("centroids") if isinstance(found, dict) and found.get("asked") == asked else None
+    if not isinstance(chosen, dict) or chosen.keys() != asked["blocks"].keys():
+        return None
+    return chosen if all(type(count) is int and count in SIZES for count in chosen.values()) else None

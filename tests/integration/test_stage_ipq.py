@@ -119,13 +119,23 @@ def test_chosen_int8_centroids_under_loss_scaling(whole: Path, small_tsv: Path) 
     done(run(directory, small_tsv, ipq, precision="fp16", max_update=4))
     state, metadata = read_artefact(directory / "2-ipq" / "artefact")
     assert {entry["scheme"] for entry in metadata["tensors"].values()} == {"dense", "pq_int8"}
-    chosen = json.loads((directory / "2-ipq" / "centroids.json").read_text())
+    file = directory / "2-ipq" / "centroids.json"
+    chosen = json.loads(file.read_text())
     codebooks = group(directory, GROUPS[2])[1]["technique"]
-    assert {name: kept["centroids"] for name, kept in codebooks.items()} == chosen
+    assert {name: kept["centroids"] for name, kept in codebooks.items()} == chosen["centroids"]
+    assert len(set(chosen["centroids"].values())) > 1
     assert all(bool(torch.isfinite(tensor).all()) for tensor in state.values())
     lines = (directory / "2-ipq" / GROUPS[2] / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[0])["scale"] > 0
     assert json.loads((directory / "2-ipq" / "result.json").read_text())["precision"] == "fp16"
+    # What a stage that was cut has chosen counts when it goes on.
+    for path in [*(directory / "2-ipq").glob("group-*"), directory / "2-ipq" / "artefact"]:
+        shutil.rmtree(path)
+    (directory / "2-ipq" / "result.json").unlink()
+    file.write_text(json.dumps({**chosen, "centroids": dict.fromkeys(chosen["centroids"], 4)}))
+    done(run(directory, small_tsv, ipq, precision="fp16", max_update=4))
+    codebooks = group(directory, GROUPS[2])[1]["technique"]
+    assert {kept["centroids"] for kept in codebooks.values()} == {4}
 
 
 def test_a_block_that_does_not_divide_is_one_line_before_any_training(
@@ -137,20 +147,3 @@ def test_a_block_that_does_not_divide_is_one_line_before_any_training(
     assert "ipq.blocks: attention is 3, which does not divide the 16 columns of" in ended.errors[0]
     assert "possible are 1, 2, 4, 8, 16" in ended.errors[0]
     assert not list((tmp_path / "bad").rglob("update-*"))
-
-
-def test_what_a_cut_stage_has_chosen_counts_when_it_goes_on(whole: Path, small_tsv: Path) -> None:
-    directory = Path(shutil.copytree(whole, whole.with_name("chosen"), ignore=shutil.ignore_patterns("2-ipq")))
-    bits = {"centroids": 256, "bits": 3.5, "together": True}
-    path = write_recipe(directory.with_suffix(".yaml"), small_tsv, [{"train": TRAIN}, {"ipq": bits}])
-    shutil.copy(path, directory / "config.yaml")
-    file = directory / "2-ipq" / "centroids.json"
-    file.parent.mkdir()
-    names = [
-        name for name, entry in read_artefact(whole / "2-ipq/artefact")[1]["tensors"].items() if entry["scheme"] == "pq"
-    ]
-    file.write_text(json.dumps(dict.fromkeys(names, 2)))
-    ended = done(tenko("run", path, "--run-dir", directory))
-    assert "centroids a weight" not in ended.out
-    codebooks = group(directory, "group-1-all")[1]["technique"]
-    assert {kept["centroids"] for kept in codebooks.values()} == {2}

@@ -164,7 +164,7 @@ def test_product_quantization_noise_leaves_dense_weights_for_codes_to_follow(sma
         for stage in ("2-quant_noise", "3-quantize")
     ]
     assert schemes == [{"dense"}, {"dense", "pq"}]
-    chosen = json.loads((tmp_path / "run/3-quantize/centroids.json").read_text())
+    chosen = json.loads((tmp_path / "run/3-quantize/centroids.json").read_text())["centroids"]
     rows = {row.name: row for row in read_contents(tmp_path / "run/3-quantize/artefact").rows if row.scheme == "pq"}
     assert chosen.keys() == rows.keys()
     assert len(set(chosen.values())) > 1, "not the same for all"
@@ -192,7 +192,7 @@ def test_trained_at_p_1_a_model_is_product_quantized_and_ipq_goes_on_with_its_co
     names = ("decoder.layers.0.fc1.weight", "encoder.embed_tokens.weight", "encoder.layers.0.self_attn.k_proj.weight")
     chosen = dict(zip(names, (8, 32, 16), strict=True))
     if "bits" in pq:
-        chosen = json.loads((tmp_path / "run/2-quant_noise/centroids.json").read_text())
+        chosen = json.loads((tmp_path / "run/2-quant_noise/centroids.json").read_text())["centroids"]
     for name, block in zip(names, (4, 2, 8), strict=True):
         centroids = chosen[name]
         codes = [state[name].reshape(-1, block) for state in (quantized, finetuned)]
