@@ -53,6 +53,7 @@ class Ipq:
     name = "ipq"
 
     def __init__(self, config: IpqConfig, *, seed: int = 0, centroids: Mapping[str, int] | None = None) -> None:
+        assert centroids or not config.bits, "with bits above 0, give what choose_centroids has chosen"
         self.config, self.seed, self._centroids = config, seed, centroids
         self.scheme: PqScheme = config.scheme
         self._attached: list[Blocks] = []

@@ -261,6 +261,7 @@ class PostTrainingPq:
 
     def __init__(self, config: QuantizeConfig, *, seed: int = 0, centroids: Mapping[str, int] | None = None) -> None:
         assert config.scheme in ("pq", "pq_int8")
+        assert centroids or not config.pq.bits, "with bits above 0, give what choose_centroids has chosen"
         self.name: str = config.scheme
         self.config, self.seed, self._centroids = config, seed, centroids
         self._scheme: PqScheme = "pq" if config.scheme == "pq" else "pq_int8"

@@ -54,6 +54,7 @@ class PqNoise:
 
     def __init__(self, config: QuantNoiseConfig, *, seed: int = 0, centroids: Mapping[str, int] | None = None) -> None:
         assert config.scheme in ("pq", "pq_int8")
+        assert centroids or not config.pq.bits, "with bits above 0, give what choose_centroids has chosen"
         self.name = "pq_noise"
         self.config, self.seed, self._centroids = config, seed, centroids
         self.scheme: PqScheme = "pq" if config.scheme == "pq" else "pq_int8"

@@ -74,7 +74,7 @@ def chosen_centroids(
     kept = distributed.from_rank0(kept)
     if kept is not None:
         return dict(kept)
-    reporter.start(f"{name}: what an error of each weight costs", sensitivity.BATCHES // distributed.world_size())
+    reporter.start(f"{name}: what an error of each weight costs", -(-sensitivity.BATCHES // distributed.world_size()))
     gradients = sensitivity.squared_gradients(
         model, corpus, context.recipe.direction, seed=seed, on_batch=reporter.advance
     )
