@@ -1,8 +1,8 @@
 """How many centroids each weight gets, where their codes and codebooks together may take so many bits.
 
-Weights differ by orders of magnitude in what an error of theirs costs the loss. Near a minimum that is, to second
-order, half the sum of F e^2 over a weight's elements, e the error of each and F the diagonal of the Fisher matrix, its
-mean squared gradients. k-means with each number of centroids gives the errors; then, from the fewest centroids on, the
+Weights differ many times over in what an error of theirs costs the loss. Near a minimum that is, to second order, half
+the sum of F e^2 over a weight's elements, e the error of each and F the diagonal of the Fisher matrix, its mean squared
+gradients. k-means with each number of centroids gives the errors; then, from the fewest centroids on, the
 weight that gains the most for its bits gets more, until the bits are spent.
 
 Source: LeCun et al. 1990, "Optimal Brain Damage", section 2 (the diagonal second order); Shoham & Gersho 1988 (bits by

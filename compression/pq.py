@@ -316,4 +316,5 @@ class PostTrainingPq:
 
 
 def weight_seed(seed: int, weight: int) -> int:
+    """Of k-means over weight number `weight` of those that are quantized."""
     return int(np.random.SeedSequence((seed, weight)).generate_state(1)[0])
