@@ -7,9 +7,11 @@
 
 Runs no training. A run directory may hold several lottery stages; of one that is not finished the rounds that are
 count. Equal ones of several runs (seeds) become one line of the plot, its mean with a band from the lowest to the
-highest. Each round is judged by sacrebleu's paired bootstrap on the test set's translations, against the dense model of
-the same run, and against the first tickets among the runs of its seed with as many weights left. Writes tickets.json,
-tickets.md and tickets.png to docs/results; --out and --name choose others.
+highest. A lottery with `fraction: 0` and `control: no_rewind` is the dense model, trained on: its rounds stand beside
+the tickets of the same run that took as many updates. Each round is judged by sacrebleu's paired bootstrap on the test
+set's translations, against the dense model of the same run, and against the first tickets among the runs of its seed
+with as many weights left. Writes tickets.json, tickets.md and tickets.png to docs/results; --out and --name choose
+others.
 """
 
 from __future__ import annotations
@@ -34,6 +36,8 @@ from tenko.nmt.significance import Difference, paired_bootstrap
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
+LONGER = "dense, as many updates"
+"""The series of a lottery that prunes nothing; its fractions are those of the tickets with as many updates."""
 NAMES = {
     "none": "tickets",
     "random": "random masks",
@@ -61,6 +65,8 @@ class Measured:
 
 def label(config: LotteryConfig) -> str:
     """Names a line of the plot: what it is, and what of its settings is not the usual."""
+    if config.control == "no_rewind" and config.fraction == 0:
+        return LONGER
     parts = [NAMES[config.control]]
     if config.control != "reinit":
         parts.append(f"rewound to {config.rewind_to}" if config.control != "no_rewind" else "")
@@ -79,6 +85,7 @@ def read_run(path: Path) -> tuple[list[Measured], list[str]]:
     """
     run = RunDirectory.read(path)
     recipe, found = run.recipe, list[Measured]()
+    of_tickets: dict[int, float] = {}  # what is left, by round
 
     def add(folder: Path, series: str, fraction: float) -> None:
         result = json.loads((folder / RESULT).read_text())
@@ -95,7 +102,13 @@ def read_run(path: Path) -> tuple[list[Measured], list[str]]:
             for this in lottery.rounds(spec.config):
                 if (folder / this.folder / RESULT).is_file():
                     result = json.loads((folder / this.folder / RESULT).read_text())
-                    add(folder / this.folder, label(spec.config), result["fraction_remaining"])
+                    series, fraction = label(spec.config), result["fraction_remaining"]
+                    if series.startswith(NAMES["none"]) and not spec.config.one_shot:
+                        of_tickets.setdefault(this.number, fraction)
+                    if series == LONGER:
+                        fraction = of_tickets.get(this.number)
+                    if fraction is not None:
+                        add(folder / this.folder, series, fraction)
     if len(found) < 2:
         raise ValueError(f"{path}: holds no finished round of a lottery")
     texts = corpus_of(recipe).text("test")
@@ -201,7 +214,7 @@ def markdown(rows: Sequence[dict[str, Any]], sources: Sequence[dict[str, str]], 
         f"|---|---|{'---|' * len(names)}",
     ]
     for fraction in fractions:
-        sizes = [row["bytes"] for name in names for row in at(name, fraction)]
+        sizes = [row["bytes"] for name in names for row in at(name, fraction) if name != LONGER]
         cells = [cell(at(name, fraction), "dense") for name in names]
         lines.append(f"| {fraction:.1%} | {statistics.mean(sizes):,.0f} | {' | '.join(cells)} |")
     controls = [name for name in names if any("ticket" in row for row in rows if row["series"] == name)]
