@@ -36,9 +36,10 @@ def check_stages(context: StageContext, model: nn.Module, model_config: ModelCon
         corpus: gives the vocabulary.
 
     Raises:
-        ValueError: a pattern matches no weight, a block divides no weight's columns, a lottery leaves nothing, or a
-            format has no place for the model; names stage and key.
+        ValueError: a pattern matches no weight, a block divides no weight's columns, a lottery leaves nothing, a format
+            has no place for the model, or the model none for the longest sentence; names stage and key.
     """
+    _hold_lengths(context.recipe.direction, model_config, corpus)
     stages = context.recipe.stages
     for spec in stages[stages.index(context.stage) :]:
         try:
@@ -71,6 +72,19 @@ def _check(config: Any, model: nn.Module, model_config: ModelConfig, corpus: Cor
             specification(model_config, model.state_dict(), Subwords(corpus.spm_path).pieces())
         except ValueError as error:
             raise ValueError(f"format: {error}") from None
+
+
+def _hold_lengths(direction: str, model_config: ModelConfig, corpus: Corpus) -> None:
+    """Hold what is trained and validated on to learned positions; a recipe can't tell those of a model that it takes."""
+    for side, lang in zip(("source", "target"), direction.split("-"), strict=True):
+        positions = model_config.learned_positions(side)
+        for split, key in (("train", "max_tokens_per_sentence"), ("valid", "valid")):
+            longest = int(corpus.split(split).sizes(lang).max())
+            if positions is not None and longest > positions:
+                raise ValueError(
+                    f"data.{key}: the model has {positions} learned positions for {lang}, </s> included, and the longest "
+                    f"sentence of {split} takes {longest}"
+                )
 
 
 def check_pruned(context: StageContext, artefact: Path) -> None:

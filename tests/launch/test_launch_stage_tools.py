@@ -1,19 +1,24 @@
-"""The corpus of a run: stages begin with the one that the run began with, wherever its files lie now."""
+"""The corpus of a run: stages begin with the one that the run began with, and sentences that the model can take."""
 
 from __future__ import annotations
 
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch import nn
 
 from tenko.launch import stages
 from tenko.launch.progress import Reporter
 from tenko.launch.recipe import load, loads
 from tenko.launch.rundir import METRICS, RunDirectory, StageContext
+from tenko.launch.stage_checks import check_stages
 from tenko.launch.stage_tools import open_corpus
+from tenko.nmt.config import DataConfig, ModelConfig
 from tenko.nmt.corpus import Corpus
+from tenko.nmt.prepare import prepare
 
 
 def context(path: Path, data: Path, cache: Path, index: int = 0) -> StageContext:
@@ -69,3 +74,24 @@ def test_subwords_over_those_of_a_pretrained_model_are_refused(
     with pytest.raises(ValueError, match=r"en-cs/spm\.model: not the subwords of the corpus"):
         stages.run_pretrained(run.context(0, Reporter(enabled=False), writer=True, resume=False))
     assert not (tmp_path / "run" / "1-pretrained" / "artefact").exists()
+
+
+def test_a_validation_sentence_beyond_learned_positions_is_refused(small_tsv: Path, tmp_path: Path) -> None:
+    valid = tmp_path / "valid.tsv"
+    valid.write_text(f"short\tkrátká\nlong\t{'dlouhá ' * 400}\n", encoding="utf-8")
+    config = DataConfig(train=str(small_tsv), valid=str(valid), test_size=20, vocab_size=300, cache=str(tmp_path))
+    corpus = prepare(config, report=lambda line: None)
+    longest = int(corpus.split("valid").sizes("cs").max())
+    assert longest > 1024
+    run = RunDirectory(tmp_path / "run", loads("name: x\ndirection: en-cs\nstages: [train]\n", "x"))
+    train = run.context(0, Reporter(enabled=False), writer=True, resume=False)
+
+    def check(**extra: Any) -> None:
+        check_stages(train, nn.Linear(1, 1), ModelConfig(extra=extra), corpus)
+
+    check()
+    check(encoder_learned_pos=True)  # the long one is Czech, the target
+    check(decoder_learned_pos=True, max_target_positions=longest)
+    message = f"data.valid: the model has 1024 learned positions for cs, </s> included, and .* of valid takes {longest}"
+    with pytest.raises(ValueError, match=message):
+        check(decoder_learned_pos=True)
