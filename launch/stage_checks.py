@@ -75,15 +75,15 @@ def _check(config: Any, model: nn.Module, model_config: ModelConfig, corpus: Cor
 
 
 def _hold_lengths(direction: str, model_config: ModelConfig, corpus: Corpus) -> None:
-    """Hold what is trained and validated on to learned positions; a recipe can't tell those of a model that it takes."""
+    """Hold training and validation to learned positions; a recipe can't tell those of a model that it takes."""
     for side, lang in zip(("source", "target"), direction.split("-"), strict=True):
         positions = model_config.learned_positions(side)
         for split, key in (("train", "max_tokens_per_sentence"), ("valid", "valid")):
             longest = int(corpus.split(split).sizes(lang).max())
             if positions is not None and longest > positions:
                 raise ValueError(
-                    f"data.{key}: the model has {positions} learned positions for {lang}, </s> included, and the longest "
-                    f"sentence of {split} takes {longest}"
+                    f"data.{key}: the model has {positions} learned positions for {lang}, </s> included, and the "
+                    f"longest sentence of {split} takes {longest}"
                 )
 
 

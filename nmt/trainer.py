@@ -2,27 +2,24 @@
 
 What is notable: the loss is divided by the global number of target tokens before the backward pass (every rank knows
 that number from the batch plan), so gradients are normalised on the wire already and no second pass over them is
-needed; a step with a non-finite gradient is skipped on the device, by the fused optimizer, without waiting for it; and
-an update is a pure function of weights, optimizer state and its number, which makes a resumed run bit-exact. Even
-dropout does not depend on which rank computes a micro-batch, so that other workers can go on with the same training.
+needed; and an update is a pure function of weights, optimizer state and its number, which makes a resumed run
+bit-exact. Even dropout does not depend on which rank computes a micro-batch, so that other workers can go on with the
+same training.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from tenko.comm import DedicatedRoute
 from tenko.compression.technique import Technique, UsesMoments
 
 from . import checkpoint, distributed, precision, trainer_state
@@ -30,29 +27,13 @@ from .batches import UpdateStream, to_device
 from .config import TrainConfig
 from .fairseq_bridge import ModelWithLoss, set_dropout
 from .figures import Sums, check_overflows, train_line
+from .optimization import EngineOf, Optimization, Wrap
 from .saver import Content, Saver
 from .schedule import learning_rate
 from .shares import Shares
-from .validate import Validation
-
-if TYPE_CHECKING:
-    from tenko.comm import Route
-
-    from .deepspeed_engine import ZeroEngine
+from .validate import Best, Validation
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Best:
-    """The best validation so far, and how long ago it was."""
-
-    bleu: float = -1.0
-    update: int = 0
-    since: int = 0
-    """Validations without a better BLEU, or perplexity."""
-    nll: float = math.inf
-    """Breaks ties of BLEU, for instance while that is still 0."""
 
 
 class Trainer:
@@ -63,10 +44,8 @@ class Trainer:
         stream: this rank's batches.
         config: the recipe's settings.
         seed: of dropout.
-        wrap: puts `ModelWithLoss` into DDP and gives the route it registered, whose state is saved and whose meter is
-            logged; a single process keeps the module, without a route.
-        engine: puts `ModelWithLoss` and the optimizer into DeepSpeed, in the place of `wrap`; it is given the
-            resolved precision as well.
+        wrap: see `Optimization`; the route's state is saved, its meter logged.
+        engine: see `Optimization`.
         techniques: told before and after each update; their state is saved with the weights.
         teacher: a frozen model on the same device, which `config.distill` learns from.
         checkpoints: folder of the checkpoints.
@@ -80,43 +59,25 @@ class Trainer:
         *,
         seed: int,
         checkpoints: Path,
-        wrap: Callable[[nn.Module], tuple[nn.Module, Route | None]] = lambda m: (m, None),
-        engine: Callable[[nn.Module, torch.optim.Optimizer, str], ZeroEngine] | None = None,
+        wrap: Wrap = lambda module: (module, None),
+        engine: EngineOf | None = None,
         techniques: Sequence[Technique] = (),
         teacher: nn.Module | None = None,
     ) -> None:
         self.model, self.stream, self.config, self.seed = model, stream, config, seed
         self.checkpoints, self.techniques = checkpoints, techniques
         self.device = next(model.parameters()).device
-        self.precision = precision.resolve(config.precision, self.device)
-        self.scaler = precision.loss_scaler(
-            self.precision, self.device, init_scale=config.init_scale, scale_window=config.scale_window
-        )
         if config.dropout is not None:
             set_dropout(model, config.dropout)
         module = ModelWithLoss(model, config.label_smoothing, teacher=teacher, distill=config.distill).to(self.device)
-        self.wrapped, self.route = (module, None) if engine else wrap(module)
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self.dedicated = self.route if isinstance(self.route, DedicatedRoute) else None
-        """Where servers of their own make the whole update."""
-        settings: dict[str, Any] = {
-            "lr": config.lr,
-            "betas": config.adam_betas,
-            "eps": config.adam_eps,
-            "weight_decay": config.weight_decay,
-        }
-        self.optimizer: torch.optim.Optimizer
-        if self.route is not None:  # a parameter server's owners step their shards
-            self.optimizer = self.route.optimizer(self.parameters.items(), **settings)
-        else:
-            self.optimizer = torch.optim.AdamW(self.parameters.values(), fused=True, **settings)
+        made = self.optimization = Optimization(module, self.parameters, config, wrap=wrap, engine=engine)
+        self.wrapped, self.optimizer, self.scaler = made.wrapped, made.optimizer, made.scaler
+        self.route, self.dedicated, self.engine = made.route, made.dedicated, made.engine
+        self.precision = made.precision
         for technique in techniques:
             if isinstance(technique, UsesMoments):
                 technique.use_optimizer(self.optimizer)
-        self.engine = None
-        if engine is not None:
-            self.engine = engine(module, self.optimizer, self.precision)
-            self.wrapped = self.engine.wrapped
         self.updates = 0
         self.stopped = False
         """Whether `should_stop` has ended the last `run`."""
@@ -147,22 +108,20 @@ class Trainer:
         normaliser = self.stream.world / work.target_tokens  # DDP averages over ranks: undo its 1/world
         for i, sample in enumerate(work.samples):
             last = i == len(work.samples) - 1
-            with self._synchronise_if(last):
+            with self.optimization.synchronise_if(last):
                 started = time.perf_counter()
                 sample = to_device(sample, self.device)
                 self.shares.data_read(started)
                 self._seed(number, self.stream.rank + i * self.stream.world)
                 with precision.autocast(self.precision, self.device):
                     loss, nll = self.wrapped(sample)
-                if self.engine is not None:
-                    self.engine.backward(loss * normaliser, last=last)
-                else:
-                    self.scaler.scale(loss * normaliser).backward()
+                self.optimization.backward(loss * normaliser, last=last)
             self.sums.loss += loss.detach()
             self.sums.nll += nll.detach()
         if self.route is not None:
             self.route.waits.end()
-        self._step()
+        self.sums.norm, overflow = self.optimization.step()
+        self.sums.overflows += overflow
         for technique in self.techniques:
             technique.after_update(self.updates)
         self.updates = number
@@ -172,40 +131,6 @@ class Trainer:
         """Dropout depends on the seed, the update and the number of the micro-batch in it: not on ranks, and nothing of
         torch's generator needs saving."""
         torch.manual_seed(int(np.random.SeedSequence((self.seed, *place)).generate_state(1)[0]))
-
-    def _synchronise_if(self, last: bool) -> contextlib.AbstractContextManager[Any]:
-        no_sync = getattr(self.wrapped, "no_sync", None)
-        if last or no_sync is None or self.engine is not None:
-            return contextlib.nullcontext()
-        return no_sync()
-
-    def _step(self) -> None:
-        if self.engine is not None:
-            self.sums.norm, overflow = self.engine.step()
-            self.sums.overflows += overflow
-            return
-        if self.dedicated is not None:
-            self.sums.norm, overflow = self.dedicated.make_update(self.scaler)
-            self.sums.overflows += overflow
-            self.optimizer.zero_grad(set_to_none=True)
-            return
-        self.scaler.unscale_(self.optimizer)
-        if self.route is not None:
-            norm = self.route.total_norm(self.parameters.values())
-        else:
-            norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
-        if self.config.clip_norm > 0:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.config.clip_norm, norm)
-        overflow = (~torch.isfinite(norm)).float()
-        if not self.scaler.is_enabled():
-            # The fused optimizer leaves weights and moments alone when this is 1: a skipped step without a wait. (A
-            # server's optimizer looks at it.)
-            self.optimizer.found_inf = overflow  # type: ignore[attr-defined]
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.sums.overflows += overflow
-        self.sums.norm = norm
 
     # The loop
 
@@ -325,16 +250,7 @@ class Trainer:
         self.wrapped.eval()
         result = validate()
         self.wrapped.train()
-        if self.config.best_by == "perplexity":
-            better = improved = result.nll < self.best.nll
-        else:
-            improved = result.bleu > self.best.bleu
-            better = (result.bleu, -result.nll) > (self.best.bleu, -self.best.nll)
-        since = 0 if improved else self.best.since + 1
-        if better:
-            self.best = Best(result.bleu, self.updates, since, result.nll)
-        else:
-            self.best.since = since
+        better = self.best.take(result, self.updates, self.config.best_by)
         on_metrics(
             {
                 "kind": "valid",

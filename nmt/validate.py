@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -27,6 +28,36 @@ class Validation:
     """sacreBLEU, detokenized, of the first `valid_sentences` sentences."""
     signature: str
     """sacreBLEU's signature."""
+
+
+@dataclass
+class Best:
+    """The best validation so far, and how long ago it was."""
+
+    bleu: float = -1.0
+    update: int = 0
+    since: int = 0
+    """Validations without a better BLEU, or perplexity."""
+    nll: float = math.inf
+    """Breaks ties of BLEU, for instance while that is still 0."""
+
+    def take(self, result: Validation, update: int, by: str) -> bool:
+        """Hold a validation against the best; True if it is now the best itself.
+
+        Args:
+            result: of the validation.
+            update: after which it was made.
+            by: bleu or perplexity.
+        """
+        if by == "perplexity":
+            better = improved = result.nll < self.nll
+        else:
+            improved = result.bleu > self.bleu
+            better = (result.bleu, -result.nll) > (self.bleu, -self.nll)
+        self.since = 0 if improved else self.since + 1
+        if better:
+            self.bleu, self.update, self.nll = result.bleu, update, result.nll
+        return better
 
 
 class Validator:
