@@ -14,6 +14,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from processes import leave
+
 from tenko.comm import AllReduce, CommConfig, QuantizedAllReduce, Route, make_route, register
 from tenko.comm.hook import TAGS, LaneRoute
 from tenko.comm.link import Handle
@@ -341,3 +344,4 @@ if __name__ == "__main__":
         if dist.get_rank() == 0:
             print(f"holds: {name}", flush=True)
     dist.destroy_process_group()
+    leave()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from processes import leave
 from toy_training import snapshot, toy_model, toy_trainer
 
 from tenko.compression.codebook_sizes import choose_centroids
@@ -105,8 +105,7 @@ def main() -> None:
         torch.save(found, folder / "two.pt")
     dist.barrier()
     dist.destroy_process_group()
-    sys.stdout.flush()
-    os._exit(0)  # as tenko's workers end: on its way out the interpreter now and then aborts in a thread of torch's
+    leave()
 
 
 if __name__ == "__main__":

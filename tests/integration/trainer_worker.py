@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from processes import leave
 from toy_training import differing, snapshot, toy_trainer, train, validations
 
 from tenko.comm import AllReduce, CommConfig, QuantizedAllReduce, Route, SplitRule, make_route, register
@@ -38,7 +39,7 @@ RESUME: dict[str, Any] = {
 def wrap(route: Route) -> Callable[[nn.Module], tuple[nn.Module, Route]]:
     def wrapped(module: nn.Module) -> tuple[nn.Module, Route]:
         model = DistributedDataParallel(
-            module, bucket_cap_mb=0.01, gradient_as_bucket_view=True, broadcast_buffers=False
+            module, bucket_cap_mb=0.01, gradient_as_bucket_view=True, forward_sync_buffers=False
         )
         return model, register(model, route)
 
@@ -319,6 +320,7 @@ def main() -> None:
         if dist.get_rank() == 0:
             print(f"holds: {scenario}", flush=True)
     dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":
