@@ -22,9 +22,10 @@ from torch import nn
 from tenko.compression.codebook_sizes import choose_centroids, stored_bits
 from tenko.compression.config import PqConfig
 from tenko.compression.pq import Blocks, decode_packed, pack_pq, quantize_pq, select_blocks, weight_seed
+from tenko.launch.models import pretrained_folder
 from tenko.launch.recipe import load
 from tenko.launch.stage_kinds import PretrainedConfig
-from tenko.launch.stage_tools import corpus_of, pretrained_folder, read_model
+from tenko.launch.stage_tools import corpus_of, read_model
 from tenko.nmt.config import TrainConfig
 from tenko.nmt.sensitivity import squared_gradients
 from tenko.nmt.validate import Validator

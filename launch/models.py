@@ -1,4 +1,4 @@
-"""Which model a command is given: one that ships with tenko, a folder, or a stage of a run."""
+"""Which model a command or a recipe is given: one that ships with tenko, a folder, or a stage of a run."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from tenko.nmt.engines import user_cache
 
 from .recipe import Recipe
 from .rundir import ARTEFACT, CONFIG, RunDirectory
+from .stage_kinds import PretrainedConfig
 
 _ARTEFACT = "model.safetensors"
 
@@ -64,3 +65,18 @@ def choose(model: str | None, run_dir: Path | None, stage: str | None, *, export
         raise ValueError(f"{model}: is a run directory; give it as --run {model}")
     valid = ", ".join([*shipped, "the folder of an artefact or of a CTranslate2 model"])
     raise ValueError(f"{model}: no such model; valid: {valid}")
+
+
+def pretrained_folder(config: PretrainedConfig, direction: str) -> Path:
+    """The artefact's folder that a stage `pretrained` names: one that ships with tenko, or the user's own.
+
+    Raises:
+        ValueError: no such model; names those that ship.
+    """
+    name = config.model or direction
+    if name in pretrained.pretrained():
+        return pretrained.path(name)
+    if not Path(name).is_dir():
+        valid = ", ".join([*pretrained.pretrained(), "the folder of an artefact"])
+        raise ValueError(f"pretrained.model: {name}: no such model; valid: {valid}")
+    return Path(name)

@@ -17,17 +17,18 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from tenko.nmt.config import DataConfig
 from tenko.nmt.text_io import source_files
 
 from . import recipe as recipes
 from .errors import BAD_INPUT, RunFailed
 from .files import read_json, write_json_atomic, write_text_atomic
+from .models import pretrained_folder
 from .mpi_env import check_servers
 from .recipe import Recipe
 from .rundir import LOGS, RunDirectory, RunLock, check_place
 from .slurm_query import ENDED, JobState, ask, check, job_state, submit
 from .slurm_script import EVALUATE, TRAIN, Request, evaluate_script, log_pattern, train_script
+from .stage_kinds import PretrainedConfig
 
 FOLDER, JOBS, HISTORY = "slurm", "jobs.json", "history"
 POLL_SECONDS = (0.5, 10.0)
@@ -95,7 +96,7 @@ def launch(
         (directory, recipes.load(recipe_path, [*given, f"seed={seed}"]))
         for directory, seed in zip(request.run_dirs, seeds, strict=True)
     ]
-    _check_files(recipe.data)
+    _check_files(recipe)
     for directory, one in runs:
         _check_run(directory, one)
     if dry_run:
@@ -125,8 +126,12 @@ def _print_scripts(scripts: dict[str, str]) -> None:
     sys.stdout.flush()
 
 
-def _check_files(data: DataConfig) -> None:
-    """Raises: ValueError: a file of the corpus is not there, as the job would find after it has waited for its turn."""
+def _check_files(recipe: Recipe) -> None:
+    """Raises: ValueError: the model to begin with, or a file of the corpus, is not there, as the job would find after
+    it has waited for its turn."""
+    data, first = recipe.data, recipe.stages[0].config
+    if isinstance(first, PretrainedConfig):
+        pretrained_folder(first, recipe.direction)
     for key, source in (("train", data.train), ("valid", data.valid), ("test", data.test)):
         if source is not None:
             source_files(source, f"data.{key}")

@@ -22,6 +22,7 @@ from tenko.nmt.prepare import prepare
 
 from .files import read_json, write_json_atomic
 from .job import PATIENCE
+from .models import pretrained_folder
 from .recipe import Recipe
 from .rundir import ARTEFACT, CORPUS, StageContext, is_blank
 from .stage_kinds import PretrainedConfig
@@ -155,23 +156,6 @@ def corpus_of(recipe: Recipe, report: Callable[[str], None] = lambda line: None)
         subwords = pretrained_folder(first, recipe.direction) / "spm.model"
         data = dataclasses.replace(data, subwords=str(subwords))
     return prepare(data, report=report)
-
-
-def pretrained_folder(config: PretrainedConfig, direction: str) -> Path:
-    """The artefact's folder that the settings name: one that ships with tenko, or the user's own.
-
-    Raises:
-        ValueError: no such model; names those that ship.
-    """
-    from tenko.nmt import pretrained
-
-    name = config.model or direction
-    if name in pretrained.pretrained():
-        return pretrained.path(name)
-    if not Path(name).is_dir():
-        valid = ", ".join([*pretrained.pretrained(), "the folder of an artefact"])
-        raise ValueError(f"pretrained.model: {name}: no such model; valid: {valid}")
-    return Path(name)
 
 
 def read_model(folder: Path) -> tuple[nn.Module, ModelConfig]:

@@ -17,6 +17,7 @@ from tenko.nmt import distributed
 from tenko.nmt.config import TrainConfig
 from tenko.nmt.fairseq_bridge import build_model
 
+from .models import pretrained_folder
 from .rundir import StageContext
 from .stage_checks import check_pruned, check_stages
 from .stage_export import run_export
@@ -25,7 +26,7 @@ from .stage_kinds import PretrainedConfig
 from .stage_lottery import run_lottery
 from .stage_noise import run_quant_noise, run_quantize
 from .stage_results import measure, write_and_measure
-from .stage_tools import hold_subwords, open_corpus, pretrained_folder, previous_model, start
+from .stage_tools import hold_subwords, open_corpus, previous_model, start
 from .stage_training import train_model
 from .taught import taught_corpus
 

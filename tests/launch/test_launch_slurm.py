@@ -207,8 +207,20 @@ def test_a_dry_run_refuses_what_a_run_would(
     assert sorted(Path().rglob("*")) == before
 
 
-def dry_run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[object, str, str]:
+def test_a_dry_run_refuses_a_model_that_is_not_there(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = ("pretrained.model=nope", "quant_noise.train.max_update=5")
+    code, out, error = dry_run(capsys, *given, recipe="quant_noise")
+    line = "pretrained.model: nope: no such model; valid: en-cs, cs-en, the folder of an artefact"
+    assert (code, out, error) == (2, "", f"tenko: error: {line}\n")
+    Path("nope").mkdir()  # what is in it the job will see
+    assert dry_run(capsys, *given, recipe="quant_noise")[::2] == (0, "")
+
+
+def dry_run(capsys: pytest.CaptureFixture[str], *arguments: str, recipe: str = "tiny") -> tuple[object, str, str]:
     with pytest.raises(SystemExit) as ended:
-        cli.main(["launch", "slurm", "tiny", *arguments, "--dry-run"])
+        cli.main(["launch", "slurm", recipe, *arguments, "--dry-run"])
     output = capsys.readouterr()
     return ended.value.code, output.out, output.err
