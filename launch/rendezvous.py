@@ -117,10 +117,13 @@ class Meeting:
         return RunFailed(message, code)
 
     def refuse(self, error: RunFailed) -> RunFailed:
-        """The same before this node has joined: those that wait for it are told."""
+        """The same before this node has joined: nodes that wait for it are told, those that train are left alone."""
+        there = Rendezvous(self)
+        if there.goes_on_without_us():
+            return error
         found = self.fail(error)
         with suppress(RendezvousError):
-            Rendezvous(self).set_closed()
+            there.set_closed()
         return found
 
     def verdict(self) -> RunFailed | None:
@@ -252,6 +255,24 @@ class Rendezvous(RendezvousHandler):
         """The numbers of this round's nodes that are not lost."""
         return set(self._inner._state_holder.state.participants.values())
 
+    def goes_on_without_us(self) -> bool:
+        """Whether the run has begun, and this node was never part of it: then its end is not the run's."""
+        if self.round >= 0:
+            return False
+        try:
+            self._inner._state_holder.sync()
+        except RendezvousError:
+            return False
+        state = self._inner._state_holder.state
+        return state.complete or state.round > 0
+
+    def leave(self) -> None:
+        """Leave, and end the run for all nodes, unless it goes on without this one."""
+        if self.goes_on_without_us():
+            self._inner._stop_heartbeats()  # the others forget what they don't hear of
+        else:
+            self.shutdown()
+
     def get_backend(self) -> str:
         """Its name."""
         return self._inner.get_backend()
@@ -270,8 +291,11 @@ class Rendezvous(RendezvousHandler):
         self._inner.set_closed()
 
     def num_nodes_waiting(self) -> int:
-        """Nodes that want to join."""
-        return self._inner.num_nodes_waiting()
+        """Nodes that want to join and have a place. Torch counts spares that have waited for one in vain as well, and
+        its agents would start all workers anew for them, again and again."""
+        waiting = self._inner.num_nodes_waiting()
+        state = self._inner._state_holder.state
+        return 0 if state.complete and len(state.participants) >= self._meeting.nodes.most else waiting
 
     def get_run_id(self) -> str:
         """Its name."""

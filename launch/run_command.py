@@ -135,7 +135,13 @@ def _run_on_nodes(recipe: Recipe, directory: Path, nodes: Nodes, restarts: int) 
                 say(f"{directory}: joins {nodes.host}:{nodes.port}, {_workers(recipe)}")
         except (ValueError, OSError) as error:
             raise meeting.refuse(RunFailed(one_line(error), BAD_INPUT)) from None
-        _run_workers(state, meeting, restarts)
+        try:
+            _run_workers(state, meeting, restarts)
+        except NotBegun:
+            if not _is_finished(recipe, directory):
+                raise
+            say(f"{directory}: finished; its nodes were enough, and none was lost")
+            return
         if meeting.is_host:
             _print_outcome(state)
         else:

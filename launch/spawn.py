@@ -126,7 +126,7 @@ def run_workers(
         except (RunFailed, RendezvousClosedError, RendezvousTimeoutError, RendezvousConnectionError) as error:
             raise _explained(error, agent, meeting, crew) from None
         finally:
-            handler.shutdown()
+            handler.leave()
             _show_cursor()
             tidy(log_dir)
         stopped = [failure for failure in read_all(log_dir, handler.round) if failure.kind == SAID_STOPPED]
@@ -145,6 +145,9 @@ def _explained(error: Exception, agent: Agent, meeting: Meeting, crew: Crew) -> 
             return Halted(NOTHING_TO_SAVE, crew.code)
         if verdict is None and isinstance(error, RendezvousTimeoutError):
             there = agent.rendezvous.nodes_present()
+            if agent.rendezvous.goes_on_without_us():
+                apart = f"the run at {place} let nobody join its {there} nodes within {nodes.join_seconds:g} s"
+                return NotBegun(f"--rendezvous: {apart}", BAD_INPUT)
             ending = f"{there} of {nodes.least} nodes came to {place} within {nodes.join_seconds:g} s"
             verdict = meeting.fail(RunFailed(f"--rendezvous: {ending}", BAD_INPUT))
         if verdict is None:

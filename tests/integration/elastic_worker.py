@@ -95,8 +95,11 @@ def befall(context: StageContext, rank: int, update: int) -> None:
 
 
 def quantize(context: StageContext) -> None:
+    """Does nothing for IDLE seconds, or until there is a file `enough`."""
     (context.run_dir / "idle").touch()
-    time.sleep(float(os.environ.get("IDLE", "0")))
+    end = time.monotonic() + float(os.environ.get("IDLE", "0"))
+    while time.monotonic() < end and not (context.run_dir / "enough").exists():
+        time.sleep(0.05)
     if context.job.world.rank == 0:
         write_json_atomic(context.result_path, {"stage": "quantize"})
 

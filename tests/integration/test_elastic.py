@@ -172,6 +172,40 @@ def test_a_notice_while_a_node_waits_for_others_is_no_mistake_of_the_user(run: R
     )
 
 
+def test_nodes_too_many_are_spares_and_their_end_is_not_the_runs(run: Run) -> None:
+    """One is of another recipe, one gets a notice, one takes the place of a node that is lost, one waits in vain."""
+    options = two_nodes()
+    first = run.start(*options, IDLE=90)
+    wait_for_port(options[3])
+    second = run.start(*options, IDLE=90)
+    run.until(lambda beats: (run.directory / "idle").exists(), first, second)
+    other, noticed = run.start(*options, seed=7), run.start(*options)
+    spares = [run.start(*options, IDLE=90) for _ in range(2)]
+    host, port = options[3].split(":")
+    store = TCPStore(host, int(port), wait_for_workers=False, timeout=timedelta(seconds=60))
+    while store.add("tenko/came", 0) < 5:  # the host does not count
+        assert noticed.poll() is None, finish(noticed)
+        time.sleep(0.1)
+    time.sleep(3)  # until they have met, too
+    noticed.send_signal(signal.SIGUSR1)
+    for process, code, words in (
+        (other, 2, r"error: seed: \S+ was started with 7, \S+ with 1; give all nodes the same"),
+        (noticed, 75, "stopped on notice outside of a training; the same command goes on"),
+    ):
+        done = finish(process)
+        assert (done.code, len(done.errors)) == (code, 1), done
+        assert re.fullmatch(f"tenko: {words}", done.errors[0])
+    assert [process.poll() for process in (first, second, *spares)] == [None] * 4
+    second.kill()
+    (run.directory / "idle").unlink()
+    run.until(lambda beats: (run.directory / "idle").exists(), first, *spares)  # of the workers that start anew
+    (run.directory / "enough").touch()
+    ends = [finish(process) for process in (first, *spares)]
+    assert [(done.code, done.errors) for done in ends] == [(0, [])] * 3
+    assert "is lost: no sign of life for 10 s; starts anew (1 of 3)" in ends[0].out
+    assert sorted("finished; its nodes were enough" in done.out for done in ends[1:]) == [False, True]
+
+
 def test_two_agents_go_on_after_a_kill_and_tell_one_story(run: Run) -> None:
     options = two_nodes()
     nodes = [run.start(*options, fault="kill:3:7") for _ in range(2)]
