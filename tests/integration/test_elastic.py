@@ -202,7 +202,8 @@ def test_nodes_too_many_are_spares_and_their_end_is_not_the_runs(run: Run) -> No
     (run.directory / "enough").touch()
     ends = [finish(process) for process in (first, *spares)]
     assert [(done.code, done.errors) for done in ends] == [(0, [])] * 3
-    assert "is lost: no sign of life for 10 s; starts anew (1 of 3)" in ends[0].out
+    lost = r"is lost: no sign of life for 10 s; starts anew \(1 of 3\)"  # or the spare is seen first
+    assert len(re.findall(rf"{lost}|a node joins or leaves: all workers start anew", ends[0].out)) == 1, ends[0].out
     assert sorted("finished; its nodes were enough" in done.out for done in ends[1:]) == [False, True]
 
 
