@@ -140,7 +140,7 @@ def _run_on_nodes(recipe: Recipe, directory: Path, nodes: Nodes, restarts: int) 
         except NotBegun:
             if not _is_finished(recipe, directory):
                 raise
-            say(f"{directory}: finished; its nodes were enough, and none was lost")
+            say(f"{directory}: finished without this node")
             return
         if meeting.is_host:
             _print_outcome(state)

@@ -144,10 +144,10 @@ def _explained(error: Exception, agent: Agent, meeting: Meeting, crew: Crew) -> 
         if verdict is None and crew.stopping is not None:
             return Halted(NOTHING_TO_SAVE, crew.code)
         if verdict is None and isinstance(error, RendezvousTimeoutError):
-            there = agent.rendezvous.nodes_present()
             if agent.rendezvous.goes_on_without_us():
-                apart = f"the run at {place} let nobody join its {there} nodes within {nodes.join_seconds:g} s"
+                apart = f"the run at {place} has begun, and this node could not join within {nodes.join_seconds:g} s"
                 return NotBegun(f"--rendezvous: {apart}", BAD_INPUT)
+            there = agent.rendezvous.nodes_present()
             ending = f"{there} of {nodes.least} nodes came to {place} within {nodes.join_seconds:g} s"
             verdict = meeting.fail(RunFailed(f"--rendezvous: {ending}", BAD_INPUT))
         if verdict is None:
