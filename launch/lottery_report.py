@@ -36,6 +36,8 @@ ROW = (
 COLUMNS = ("round", "weights left", "BLEU test", "chrF test", "BLEU valid", "artefact", "factor")
 COLOURS = ("#2f7ed8", "#e2711d", "#3a9d5d", "#8a5bc7", "#b8860b", "#c0392b")
 MARKS = "osD^vP"
+_BESIDE = 3
+"""Entries in a row of the legend."""
 PLOT = "tickets"
 """Name of the plot's files in a stage's folder, without the ending."""
 
@@ -101,7 +103,8 @@ def tickets_figure(series: Sequence[Series], dense: Sequence[float], *, title: s
         dense: BLEU of the unpruned models, drawn as a level.
         title: above the plot.
     """
-    figure = Figure(figsize=(6, 3.4), layout="constrained")
+    in_legend = -(-(len(series) + bool(dense)) // _BESIDE)
+    figure = Figure(figsize=(6, 3 + 0.2 * in_legend), layout="constrained")
     axes: Axes = figure.add_subplot()
     axes.set_xscale("log")
     ticks: set[float] = set()
@@ -127,7 +130,7 @@ def tickets_figure(series: Sequence[Series], dense: Sequence[float], *, title: s
     axes.set_ylabel("BLEU, test")
     axes.grid(visible=True, color="#888888", alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(edgecolor="none", framealpha=0.9)  # over a line, if it must
+    figure.legend(loc="outside lower center", ncols=_BESIDE, frameon=False)
     if title:
         axes.set_title(title, fontsize=9)
     return figure
