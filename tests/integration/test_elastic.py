@@ -173,22 +173,24 @@ def test_a_notice_while_a_node_waits_for_others_is_no_mistake_of_the_user(run: R
 
 
 def test_nodes_too_many_are_spares_and_their_end_is_not_the_runs(run: Run) -> None:
-    """One is of another recipe, one gets a notice, one takes the place of a node that is lost, one waits in vain."""
+    """Of another recipe, noticed, interrupted; and of two that wait, one takes the place of a node that is lost."""
     options = two_nodes()
     first = run.start(*options, IDLE=90)
     wait_for_port(options[3])
     second = run.start(*options, IDLE=90)
     run.until(lambda beats: (run.directory / "idle").exists(), first, second)
-    other, noticed = run.start(*options, seed=7), run.start(*options)
+    other, noticed, interrupted = run.start(*options, seed=7), run.start(*options), run.start(*options)
     spares = [run.start(*options, IDLE=90) for _ in range(2)]
     host, port = options[3].split(":")
     store = TCPStore(host, int(port), wait_for_workers=False, timeout=timedelta(seconds=60))
-    while store.add("tenko/came", 0) < 5:  # the host does not count
+    while store.add("tenko/came", 0) < 6:  # the host does not count
         assert noticed.poll() is None, finish(noticed)
         time.sleep(0.1)
     time.sleep(3)  # until they have met, too
     noticed.send_signal(signal.SIGUSR1)
+    interrupted.send_signal(signal.SIGINT)
     for process, code, words in (
+        (interrupted, 130, ".*"),
         (other, 2, r"error: seed: \S+ was started with 7, \S+ with 1; give all nodes the same"),
         (noticed, 75, "stopped on notice outside of a training; the same command goes on"),
     ):
