@@ -25,6 +25,7 @@ from typing import Any
 
 import yaml
 
+from tenko.launch.models import began_with_another
 from tenko.launch.rundir import RunDirectory
 from tenko.launch.stage_results import HYPOTHESES
 from tenko.nmt.significance import paired_bootstrap
@@ -139,6 +140,9 @@ def finished(run: Path) -> bool:
 
 def run_all(todo: list[Cell], args: argparse.Namespace) -> None:
     """Run what is not finished, `--jobs` at a time, each when what it begins with is done."""
+    for run in (args.runs / f"{cell.name}-{seed}" for cell in todo for seed in args.seeds):
+        if (run / "config.yaml").is_file() and (now := began_with_another(RunDirectory.read(run))):
+            raise SystemExit(f"{run}: began with another model than {now} holds now; give another --runs")
     failed: list[str] = []
 
     def work(cell: Cell, seed: int) -> None:
@@ -215,10 +219,10 @@ def write(todo: list[Cell], args: argparse.Namespace) -> None:
         "# What each way to quantize costs",
         "",
         f"`python benchmarks/compression.py --model {args.model} --direction {args.direction} --updates {args.updates} "
-        f"--seeds {seeds}{part}`, commit {settings['commit']}. All begin with the same trained model; each path of "
-        f"training has {args.updates} updates. Bytes are of the file, BLEU of the model read back from it, on "
-        f"{rows[0]['sentences'] if rows else 0} sentences; the difference is from the model trained as long in fp32, "
-        "by sacrebleu's paired bootstrap (1,000 resamples).",
+        f"--seeds {seeds}{part}`, commit {settings['commit']}. All begin with the same trained model{_begun(args)}; "
+        f"each path of training has {args.updates} updates. Bytes are of the file, BLEU of the model read back from "
+        f"it, on {rows[0]['sentences'] if rows else 0} sentences; the difference is from the model trained as long in "
+        "fp32, by sacrebleu's paired bootstrap (1,000 resamples).",
         "",
         "| weights | method | seed | file, bytes | times smaller | BLEU | less fp32 |",
         "|---|---|---|---|---|---|---|",
@@ -259,6 +263,12 @@ def _rows(shown: list[Cell], args: argparse.Namespace, seed: int) -> list[dict[s
         }
         for cell, figure, folder, difference in zip(ready, figures, folders, differences, strict=True)
     ]
+
+
+def _begun(args: argparse.Namespace) -> str:
+    """Its BLEU, as the runs have measured it before they trained."""
+    run = args.runs / f"fp32-none-{args.seeds[0]}"
+    return f" ({RunDirectory.read(run).result(0)['bleu']:.2f} BLEU)" if finished(run) else ""
 
 
 def run_results(run: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,3 +81,20 @@ def pretrained_folder(config: PretrainedConfig, direction: str) -> Path:
         valid = ", ".join([*pretrained.pretrained(), "the folder of an artefact"])
         raise ValueError(f"pretrained.model: {name}: no such model; valid: {valid}")
     return Path(name)
+
+
+def began_with_another(run: RunDirectory) -> Path | None:
+    """The folder that a run's stage `pretrained` names, if it holds another model now than the finished stage took."""
+    config = run.recipe.stages[0].config
+    taken = run.stage_directory(0) / ARTEFACT
+    if not isinstance(config, PretrainedConfig) or not run.is_finished(0) or not taken.is_dir():
+        return None
+    try:
+        folder = pretrained_folder(config, run.recipe.direction)
+    except ValueError:
+        return None  # gone since; the run has its copy
+    for file in folder.glob(f"{_ARTEFACT}*"):
+        copy = taken / file.name
+        if not copy.is_file() or not filecmp.cmp(file, copy, shallow=False):
+            return folder
+    return None

@@ -72,6 +72,7 @@ def run(
             return
         with RunLock(directory):
             state = RunDirectory.create(directory, recipe)
+            _say_what_it_began_with(state)
             first = state.first_unfinished()
             if first == len(recipe.stages):
                 say(f"{directory}: finished before; nothing to do")
@@ -81,6 +82,13 @@ def run(
             else:
                 _run_here(state, first)
             _print_outcome(state)
+
+
+def _say_what_it_began_with(state: RunDirectory) -> None:
+    from .models import began_with_another
+
+    if now := began_with_another(state):
+        say(f"{state.path}: began with another model than {now} holds now; another --run-dir begins with that one")
 
 
 def _workers(recipe: Recipe) -> str:
@@ -126,6 +134,7 @@ def _run_on_nodes(recipe: Recipe, directory: Path, nodes: Nodes, restarts: int) 
             if meeting.is_host:
                 lock = stack.enter_context(RunLock(directory))
                 state = RunDirectory.create(directory, recipe)
+                _say_what_it_began_with(state)
                 meeting.tell("run", [lock.holder, to_dict(recipe)])
                 count = nodes.least if nodes.least == nodes.most else f"{nodes.least} to {nodes.most}"
                 place = f"{count} nodes meet at {nodes.host}:{nodes.port}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def test_an_export_is_measured_as_it_was_read_back(chain: Path) -> None:
 def test_a_pretrained_model_brings_its_subwords_and_teaches(
     chain: Path, small_tsv: Path, small_corpus: Corpus, tmp_path: Path
 ) -> None:
-    source = chain / "1-train" / "artefact"
+    source = Path(shutil.copytree(chain / "1-train" / "artefact", tmp_path / "source"))
     stages = [
         {"pretrained": {"model": str(source)}},
         {"train": {**TRAIN, "max_update": 4, "distill": {"weight": 1.0}}},
@@ -99,6 +100,13 @@ def test_a_pretrained_model_brings_its_subwords_and_teaches(
     assert last["artefact_bytes"] == (tmp_path / "run" / "4-export" / "artefact" / "model.pt").stat().st_size
     lines = [json.loads(line) for line in (tmp_path / "run" / "2-train" / "metrics.jsonl").read_text().splitlines()]
     assert lines[0]["loss"] < 0.1 < lines[0]["nll"], "a pupil that is its teacher's copy has nothing to learn"
+
+    for end in (b"", b" "):  # as it was; and another model in its place, which the run did not begin with
+        with (source / "model.safetensors").open("ab") as file:
+            file.write(end)
+        again = run(tmp_path / "run", small_tsv, stages, "data.vocab_size=400", "zstd=3", workers=1)
+        said = f"began with another model than {source} holds now; another --run-dir begins with that one"
+        assert (again.code, "finished before" in again.out, said in again.out) == (0, True, bool(end)), again
 
 
 def test_a_pruned_model_stays_pruned_when_another_recipe_goes_on_with_it(
