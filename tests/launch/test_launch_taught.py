@@ -65,7 +65,7 @@ def test_the_training_split_is_what_the_teacher_translates_and_all_else_the_corp
     position = ("en", "cs").index(source)
     before, after = pairs(corpus), pairs(made)
     sources = sorted({pair[position] for pair in before})
-    assert {pair[position] for pair in after} < set(sources)
+    assert {pair[position] for pair in after} <= set(sources)
     assert len(after) > 0.9 * len(sources), "cleaning drops few"
     assert context.previous is not None
     translations = engines.load(context.previous / "artefact", threads=1).translate(
