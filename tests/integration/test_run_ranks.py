@@ -30,7 +30,7 @@ def torchrun(corpus: Corpus, folder: Path, *scenarios: str, ranks: int = 2) -> N
         env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=480,
         check=False,
     )
     held = [line.removeprefix("holds: ") for line in done.stdout.splitlines() if line.startswith("holds: ")]
