@@ -81,6 +81,12 @@ class Agent(LocalElasticAgent):
         """Nodes of this start."""
         return self._worker_group.group_world_size or 1
 
+    def _rendezvous(self, worker_group: WorkerGroup) -> None:
+        if self._several and self.rendezvous.is_full():
+            most = self._meeting.nodes.most
+            self._say(f"the run has all its {most} nodes; this one is a spare, and waits to take the place of one lost")
+        super()._rendezvous(worker_group)
+
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         pids = super()._start_workers(worker_group)
         context = self._pcontext

@@ -207,6 +207,14 @@ def versions() -> dict[str, str]:
     return found
 
 
+def other_program(first: Mapping[str, str], other: Mapping[str, str], where: str) -> str:
+    """How `other` versions differ from the `first` ones, which are those of `where`; empty if they are the same."""
+    for name, version in first.items():
+        if other.get(name) != version:
+            return f"runs {name} {other.get(name)}, {where} {version}; install the same"
+    return ""
+
+
 def code_digest() -> str:
     """The first 12 digits of SHA-256 over tenko's Python files."""
     import tenko.comm
@@ -225,7 +233,4 @@ def _difference(mine: Mapping[str, Any], other: Mapping[str, Any]) -> str:
     found = first_difference(mine["recipe"], other["recipe"])
     if found is not None:
         return f"was started with {found[0]}: {found[2]}, rank 0 ({mine['host']}) with {found[1]}; give all the same"
-    for name, version in mine["versions"].items():
-        if other["versions"].get(name) != version:
-            return f"runs {name} {other['versions'].get(name)}, rank 0 ({mine['host']}) {version}; install the same"
-    return ""
+    return other_program(mine["versions"], other["versions"], f"rank 0 ({mine['host']})")

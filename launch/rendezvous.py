@@ -266,6 +266,13 @@ class Rendezvous(RendezvousHandler):
         state = self._inner._state_holder.state
         return state.complete or state.round > 0
 
+    def is_full(self) -> bool:
+        """Whether the run goes on with all the nodes that it takes, of which this is none: a spare."""
+        if not self.goes_on_without_us():
+            return False
+        state = self._inner._state_holder.state
+        return state.complete and len(state.participants) >= self._meeting.nodes.most
+
     def leave(self) -> None:
         """Leave, and end the run for all nodes, unless it goes on without this one."""
         if self.goes_on_without_us():

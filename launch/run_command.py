@@ -127,6 +127,7 @@ def _run_on_nodes(recipe: Recipe, directory: Path, nodes: Nodes, restarts: int) 
         say(f"{directory}: finished before; nothing to do")
         return
     prepare_environment(nodes, workers=recipe.workers, threads=recipe.threads)
+    from .job import versions
     from .rendezvous import Meeting
 
     with Meeting(nodes) as meeting, ExitStack() as stack:
@@ -135,7 +136,7 @@ def _run_on_nodes(recipe: Recipe, directory: Path, nodes: Nodes, restarts: int) 
                 lock = stack.enter_context(RunLock(directory))
                 state = RunDirectory.create(directory, recipe)
                 _say_what_it_began_with(state)
-                meeting.tell("run", [lock.holder, to_dict(recipe)])
+                meeting.tell("run", [lock.holder, to_dict(recipe), versions()])
                 count = nodes.least if nodes.least == nodes.most else f"{nodes.least} to {nodes.most}"
                 place = f"{count} nodes meet at {nodes.host}:{nodes.port}"
                 say(f"{directory}: {place}, {_workers(recipe)} each, logs in {directory / LOGS}")
@@ -161,17 +162,21 @@ def _joined(recipe: Recipe, directory: Path, meeting: Meeting) -> RunDirectory:
     """The run directory that the host has made, and this node's own recipe held to it.
 
     Raises:
-        ValueError: the directory is another here, or the recipe is.
+        ValueError: the directory is another here, or the recipe or the program is.
     """
+    from .job import other_program, versions
+
     told = meeting.ask("run", seconds=60.0)
     if told is None:
         raise meeting.verdict() or ValueError("--rendezvous: the run there has ended before it began")
-    holder, theirs = told
+    holder, theirs, installed = told
     here, there = socket.gethostname(), holder.split()[1]
     difference = first_difference(theirs, to_dict(recipe))
     if difference is not None:
         key, was, now = difference
         raise ValueError(f"{key}: {here} was started with {now}, {there} with {was}; give all nodes the same")
+    if difference := other_program(installed, versions(), there):
+        raise ValueError(f"{here} {difference}")
     if not is_shared(directory, holder):
         raise ValueError(
             f"{directory}: is not the same folder on {here} as on {there}; give --run-dir a folder on a file system "

@@ -16,9 +16,11 @@ from tenko.launch import pulse
 
 HERE = Path(__file__).parent
 DRIVER = """
-import functools
+import functools, os
 from elastic_worker import RUNNERS
-from tenko.launch import cli, run_command, worker
+from tenko.launch import cli, job, run_command, worker
+if "NODE_CODE" in os.environ:
+    job.code_digest = lambda: os.environ["NODE_CODE"]
 worker.run_stages = functools.partial(worker.run_stages, runners=RUNNERS)
 run_command.run_workers = functools.partial(run_command.run_workers, module="elastic_worker")
 cli.main()

@@ -180,10 +180,11 @@ def test_nodes_too_many_are_spares_and_their_end_is_not_the_runs(run: Run) -> No
     second = run.start(*options, IDLE=90)
     run.until(lambda beats: (run.directory / "idle").exists(), first, second)
     other, noticed, interrupted = run.start(*options, seed=7), run.start(*options), run.start(*options)
+    older = run.start(*options, NODE_CODE="older")
     spares = [run.start(*options, IDLE=90) for _ in range(2)]
     host, port = options[3].split(":")
     store = TCPStore(host, int(port), wait_for_workers=False, timeout=timedelta(seconds=60))
-    while store.add("tenko/came", 0) < 6:  # the host does not count
+    while store.add("tenko/came", 0) < 7:  # the host does not count
         assert noticed.poll() is None, finish(noticed)
         time.sleep(0.1)
     time.sleep(3)  # until they have met, too
@@ -192,6 +193,7 @@ def test_nodes_too_many_are_spares_and_their_end_is_not_the_runs(run: Run) -> No
     for process, code, words in (
         (interrupted, 130, ".*"),
         (other, 2, r"error: seed: \S+ was started with 7, \S+ with 1; give all nodes the same"),
+        (older, 2, r"error: \S+ runs tenko older, \S+ [0-9a-f]{12}; install the same"),
         (noticed, 75, "stopped on notice outside of a training; the same command goes on"),
     ):
         done = finish(process)
@@ -207,6 +209,7 @@ def test_nodes_too_many_are_spares_and_their_end_is_not_the_runs(run: Run) -> No
     lost = r"is lost: no sign of life for 10 s; starts anew \(1 of 3\)"  # or the spare is seen first
     assert len(re.findall(rf"{lost}|a node joins or leaves: all workers start anew", ends[0].out)) == 1, ends[0].out
     assert sorted("finished without this node" in done.out for done in ends[1:]) == [False, True]
+    assert ["the run has all its 2 nodes; this one is a spare" in done.out for done in ends] == [False, True, True]
 
 
 def test_two_agents_go_on_after_a_kill_and_tell_one_story(run: Run) -> None:
@@ -225,11 +228,17 @@ def test_two_agents_go_on_after_a_kill_and_tell_one_story(run: Run) -> None:
 
 def test_nodes_that_do_not_fit_together_end_with_one_line(run: Run, tmp_path: Path) -> None:
     """Pairs of commands, all at once: most of their time is importing."""
-    cases = {"recipe": {"seed": 7}, "directory": {"directory": tmp_path / "elsewhere"}, "code": {"CODE": "other"}}
+    cases = {
+        "recipe": {"seed": 7},
+        "directory": {"directory": tmp_path / "elsewhere"},
+        "code": {"CODE": "other"},
+        "node's code": {"NODE_CODE": "other"},
+    }
     words = {
         "recipe": r"seed: \S+ was started with 7, \S+ with 1; give all nodes the same",
         "directory": r"elsewhere: is not the same folder on \S+ as on \S+; give --run-dir a folder on a file system",
         "code": r"rank [23] \(\S+\) runs tenko other, rank 0 \(\S+\) [0-9a-f]{12}; install the same",
+        "node's code": r"tenko: error: \S+ runs tenko other, \S+ [0-9a-f]{12}; install the same",
     }
     for case, other in cases.items():
         here = Run(tmp_path / case)
