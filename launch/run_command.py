@@ -175,8 +175,8 @@ def _joined(recipe: Recipe, directory: Path, meeting: Meeting) -> RunDirectory:
     if difference is not None:
         key, was, now = difference
         raise ValueError(f"{key}: {here} was started with {now}, {there} with {was}; give all nodes the same")
-    if difference := other_program(installed, versions(), there):
-        raise ValueError(f"{here} {difference}")
+    if other := other_program(installed, versions(), there):
+        raise ValueError(f"{here} {other}")
     if not is_shared(directory, holder):
         raise ValueError(
             f"{directory}: is not the same folder on {here} as on {there}; give --run-dir a folder on a file system "
