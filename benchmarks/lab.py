@@ -191,8 +191,13 @@ class Lab:
 
     def down(self) -> None:
         """Ends what runs on the hosts and removes them."""
+        for process in self._running:  # `ip netns exec` may be on its way into a host, where nobody finds it yet
+            process.terminate()
         _remove([n for n in _namespaces() if n.startswith(f"{self._base}-")])
         for process in self._running:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(1.0)
+            process.kill()
             process.wait()
         self._running.clear()
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,21 @@ def test_lab_is_gone_after_its_block_with_all_that_ran_in_it() -> None:
         asleep = lab.start(1, ["sleep", "600"])
     assert asleep.poll() is not None
     assert not [name for name in namespaces() if f"-{os.getpid()}-" in name]
+
+
+def test_what_was_on_its_way_into_a_host_ends_with_the_lab_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`ip netns exec` enters a host after its processes were listed and before it is deleted: nobody has found it."""
+
+    def find_nobody(namespaces: Sequence[str]) -> None:
+        for namespace in namespaces:
+            subprocess.run(["ip", "netns", "delete", namespace], check=True)
+
+    monkeypatch.setattr("lab._remove", find_nobody)
+    begin = time.monotonic()
+    with Lab(1) as lab:
+        asleep = lab.start(0, ["sleep", "30"])
+    assert asleep.returncode == -signal.SIGTERM
+    assert time.monotonic() - begin < 20
 
 
 def test_lab_of_a_killed_program_is_removed_by_the_next_and_a_running_one_is_left_alone() -> None:
