@@ -34,6 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
 PQ = {"blocks": {"ffn": 4, "embedding": 3, "attention": 4}, "bits": 1.53}
 """As in recipes/ipq.yaml."""
+LR = 7e-4
 SCHEMES = ("int8", "int4", "pq", "pq_int8")
 METHODS = {
     "none": "trained on, not quantized",
@@ -183,7 +184,7 @@ def main() -> None:
     parser.add_argument("--direction", default="en-cs", choices=["en-cs", "cs-en"])
     parser.add_argument("--runs", type=Path, help="where recipes and runs are kept (default: runs/NAME)")
     parser.add_argument("--updates", type=int, default=600, help="of each training path")
-    parser.add_argument("--lr", type=float, default=7e-4)
+    parser.add_argument("--lr", type=float, default=LR, help=f"peak learning rate (default: {LR:g})")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), choices=SCHEMES, help="rows, beside fp32")
     parser.add_argument(
@@ -213,7 +214,8 @@ def write(todo: list[Cell], args: argparse.Namespace) -> None:
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{args.name}.json").write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
     seeds = " ".join(map(str, args.seeds))
-    part = "" if args.schemes == list(SCHEMES) else f" --schemes {' '.join(args.schemes)}"
+    part = f" --lr {args.lr:g}" if args.lr != LR else ""
+    part += "" if args.schemes == list(SCHEMES) else f" --schemes {' '.join(args.schemes)}"
     part += (" --taught" if args.taught else "") + ("" if args.name == "compression" else f" --name {args.name}")
     lines = [
         "# What each way to quantize costs",
