@@ -209,7 +209,8 @@ def main() -> None:
 def write(todo: list[Cell], args: argparse.Namespace) -> None:
     """The table and its figures, under docs/results."""
     rows = [row for seed in args.seeds for row in _rows([cell for cell in todo if cell.shown], args, seed)]
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    about_this_machine = ("runs", "jobs", "table")
+    settings = {key: value for key, value in vars(args).items() if key not in about_this_machine}
     settings["commit"] = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip()
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{args.name}.json").write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
