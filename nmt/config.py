@@ -236,6 +236,9 @@ class TrainConfig:
     """Clip the global gradient norm to this; 0 does not clip."""
     label_smoothing: float = 0.1
     """Label smoothing of the cross entropy."""
+    switchout: float = 0.0
+    """Fraction of the source's words that each update replaces at random by words of its micro-batch, for a teacher too:
+    it is asked about sentences that it has not learned by heart."""
     dropout: float | None = None
     """Every dropout of the model in this training, 0 to below 1; null keeps those of `model`. A model of few bits a
     weight underfits: it needs none."""
@@ -285,6 +288,7 @@ class TrainConfig:
         for key in ("warmup_updates", "warmup_init_lr", "weight_decay", "clip_norm", "patience"):
             require(getattr(self, key) >= 0, key, f"must be at least 0, is {getattr(self, key)}")
         require(0 <= self.label_smoothing < 1, "label_smoothing", f"must be in [0, 1), is {self.label_smoothing}")
+        require(0 <= self.switchout < 1, "switchout", f"must be in [0, 1), is {self.switchout}")
         require(
             self.dropout is None or 0 <= self.dropout < 1, "dropout", f"must be null or in [0, 1), is {self.dropout}"
         )

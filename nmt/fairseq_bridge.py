@@ -203,7 +203,7 @@ class ModelWithLoss(nn.Module):
     of fairseq's `label_smoothed_cross_entropy` (`eps / (V - 1)` on every other word of the vocabulary).
 
     With a teacher (a frozen model over the same dictionary) the loss is `(1 - weight) * cross entropy + weight *
-    distillation`; `nll` stays the student's own.
+    distillation`; `nll` stays the student's own. In training `switchout` replaces source words for both.
     """
 
     def __init__(
@@ -213,16 +213,22 @@ class ModelWithLoss(nn.Module):
         *,
         teacher: nn.Module | None = None,
         distill: DistillConfig | None = None,
+        switchout: float = 0.0,
     ) -> None:
         super().__init__()
         self.model = model
         self.label_smoothing = label_smoothing
         self.distill = distill or DistillConfig()
+        self.switchout = switchout
         assert teacher is not None or self.distill.weight == 0, "distillation needs a teacher"
         # In a tuple, so that DDP, `train()` and checkpoints see no submodule: a teacher is no part of what is trained.
         self._teacher = () if teacher is None else (teacher.eval().requires_grad_(False),)
 
     def forward(self, sample: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        if self.switchout and self.training:
+            inputs = sample["net_input"]
+            switched = {"src_tokens": switch_out(inputs["src_tokens"], self.switchout)}
+            sample = {**sample, "net_input": {**inputs, **switched}}
         logits_nv = _logits(self.model, sample)
         target_n = sample["target"].reshape(-1).index_select(0, sample["kept"])
         loss, nll = label_smoothed_cross_entropy(logits_nv, target_n, self.label_smoothing)
@@ -232,6 +238,22 @@ class ModelWithLoss(nn.Module):
             taught = distillation(logits_nv, teacher_nv, self.distill.temperature)
             loss = (1 - self.distill.weight) * loss + self.distill.weight * taught
         return loss, nll
+
+
+def switch_out(tokens_bt: Tensor, fraction: float) -> Tensor:
+    """A copy in which a random fraction of the words is another of these words, as frequent ones as often.
+
+    Args:
+        tokens_bt: [batch, tokens], int64; padding, `<s>` and `</s>` stay where they are and go nowhere else. A
+            batch has a word at least.
+        fraction: of the words, in [0, 1).
+
+    Source: SwitchOut, Wang et al. 2018, which draws from the whole vocabulary, each word alike.
+    """
+    words = tokens_bt > EOS
+    switched = words & (torch.rand(tokens_bt.shape, device=tokens_bt.device) < fraction)
+    drawn = torch.multinomial(words.flatten().float(), tokens_bt.numel(), replacement=True)
+    return torch.where(switched, tokens_bt.flatten()[drawn].view_as(tokens_bt), tokens_bt)
 
 
 def _logits(model: nn.Module, sample: dict[str, Any]) -> Tensor:

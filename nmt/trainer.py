@@ -43,7 +43,7 @@ class Trainer:
         model: the fairseq model, on its device, techniques attached.
         stream: this rank's batches.
         config: the recipe's settings.
-        seed: of dropout.
+        seed: of dropout and switchout.
         wrap: see `Optimization`; the route's state is saved, its meter logged.
         engine: see `Optimization`.
         techniques: told before and after each update; their state is saved with the weights.
@@ -69,7 +69,10 @@ class Trainer:
         self.device = next(model.parameters()).device
         if config.dropout is not None:
             set_dropout(model, config.dropout)
-        module = ModelWithLoss(model, config.label_smoothing, teacher=teacher, distill=config.distill).to(self.device)
+        with_loss = ModelWithLoss(
+            model, config.label_smoothing, teacher=teacher, distill=config.distill, switchout=config.switchout
+        )
+        module = with_loss.to(self.device)
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         made = self.optimization = Optimization(module, self.parameters, config, wrap=wrap, engine=engine)
         self.wrapped, self.optimizer, self.scaler = made.wrapped, made.optimizer, made.scaler
@@ -128,7 +131,7 @@ class Trainer:
         self.sums.tokens += work.target_tokens
 
     def _seed(self, *place: int) -> None:
-        """Dropout depends on the seed, the update and the number of the micro-batch in it: not on ranks, and nothing of
+        """Dropout and switchout depend on seed, update and number of the micro-batch in it: not on ranks, and nothing of
         torch's generator needs saving."""
         torch.manual_seed(int(np.random.SeedSequence((self.seed, *place)).generate_state(1)[0]))
 

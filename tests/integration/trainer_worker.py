@@ -33,6 +33,7 @@ RESUME: dict[str, Any] = {
     "valid_interval": 4,
     "update_freq": 2,
     "dropout": 0.1,
+    "switchout": 0.1,
 }
 
 

@@ -287,6 +287,7 @@ def test_sentences_beyond_learned_positions_are_refused(settings: str, message: 
         ),
         ("[train: {lr: 0}, lottery]", "train.lr: must be above 0, is 0.0"),
         ("[train: {dropout: 1.0}]", "train.dropout: must be null or in [0, 1), is 1.0"),
+        ("[train: {switchout: 1}]", "train.switchout: must be in [0, 1), is 1"),
         ("[train: {lr_schedule: cosine}]", "train.lr_schedule: must be one of inverse_sqrt, linear, is cosine"),
         ("[train: {distill: {weight: 0.5}}]", "train.distill.weight: must be 0 in the first stage"),
         ("[train: {distill: {sequences: true}}]", "train.distill.sequences: must be false in the first stage"),

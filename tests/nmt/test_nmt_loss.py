@@ -12,7 +12,7 @@ from toy_training import toy_model
 
 from tenko.nmt.config import DistillConfig
 from tenko.nmt.corpus import Corpus
-from tenko.nmt.fairseq_bridge import PAD, ModelWithLoss, collate
+from tenko.nmt.fairseq_bridge import EOS, PAD, ModelWithLoss, collate, switch_out
 from tenko.nmt.loss import distillation, label_smoothed_cross_entropy
 
 
@@ -134,3 +134,38 @@ def test_a_teacher_takes_its_share_of_the_loss_and_is_no_part_of_the_module(smal
     assert found[0.25] == pytest.approx(0.75 * found[0.0] + 0.25 * found[1.0], rel=1e-5)
     own = ModelWithLoss(student, 0.1, teacher=toy_model(small_corpus, seed=1), distill=DistillConfig(weight=1.0))
     assert own(sample)[0].item() == pytest.approx(0, abs=1e-2), "a teacher that is the student teaches nothing"
+
+
+def test_switchout_replaces_a_fraction_of_the_words_by_words_as_frequent_ones_as_often() -> None:
+    torch.manual_seed(1)
+    tokens = torch.full((400, 103), PAD)
+    tokens[:, 2:-1] = torch.tensor([7, 7, 7, 9]).repeat(25)
+    tokens[:, 2 + 50] = 0  # <s>
+    tokens[:, -1] = EOS
+    before = tokens.clone()
+    found = switch_out(tokens, 0.2)
+    assert torch.equal(tokens, before)
+    special = tokens <= EOS
+    assert torch.equal(found[special], tokens[special])
+    assert set(found[~special].tolist()) == {7, 9}
+    changed = {word: (found[tokens == word] != word).float().mean().item() for word in (7, 9)}
+    assert changed[7] == pytest.approx(0.2 / 4, rel=0.1), "a word may be replaced by itself"
+    assert changed[9] == pytest.approx(0.2 * 3 / 4, rel=0.1)
+    assert torch.equal(switch_out(tokens, 0.0), tokens)
+
+
+def test_switchout_is_for_training_and_asks_student_and_teacher_the_same(small_corpus: Corpus) -> None:
+    student, teacher = (toy_model(small_corpus, seed=1) for _ in range(2))
+    settings: dict[str, Any] = {"teacher": teacher, "distill": DistillConfig(weight=1.0)}
+    module = ModelWithLoss(student, 0.1, **settings, switchout=0.5)
+    sample = batch(small_corpus)
+    source = sample["net_input"]["src_tokens"].clone()
+    _, nll = ModelWithLoss(student, 0.1)(sample)
+    assert module.eval()(sample)[1].item() == nll.item()
+    module.train()
+    torch.manual_seed(1)
+    taught, first = module(sample)
+    _, other = module(sample)
+    assert len({nll.item(), first.item(), other.item()}) == 3, "new words in each batch"
+    assert taught.item() == pytest.approx(0, abs=1e-2), "a teacher that is the student teaches nothing"
+    assert torch.equal(sample["net_input"]["src_tokens"], source)

@@ -1,4 +1,4 @@
-"""A run cut anywhere and resumed equals the uncut run, bit for bit: fp32 on a CPU, dropout and accumulation on."""
+"""A run cut anywhere and resumed equals the uncut run, bit for bit: fp32 on a CPU; dropout, switchout, accumulation."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ SETTINGS: dict[str, Any] = {
     "valid_interval": 4,
     "update_freq": 2,
     "dropout": 0.1,
+    "switchout": 0.1,
 }
 Run = tuple[dict[str, torch.Tensor], list[dict[str, Any]], dict[str, torch.Tensor]]
 
