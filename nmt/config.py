@@ -237,7 +237,7 @@ class TrainConfig:
     label_smoothing: float = 0.1
     """Label smoothing of the cross entropy."""
     switchout: float = 0.0
-    """Fraction of the source's words that each update replaces at random by words of its micro-batch, for a teacher too:
+    """Fraction of the source's words that an update replaces at random by words of its micro-batch, for a teacher too:
     it is asked about sentences that it has not learned by heart."""
     dropout: float | None = None
     """Every dropout of the model in this training, 0 to below 1; null keeps those of `model`. A model of few bits a

@@ -131,8 +131,8 @@ class Trainer:
         self.sums.tokens += work.target_tokens
 
     def _seed(self, *place: int) -> None:
-        """Dropout and switchout depend on seed, update and number of the micro-batch in it: not on ranks, and nothing of
-        torch's generator needs saving."""
+        """Dropout and switchout depend on seed, update and number of the micro-batch in it: not on ranks, and torch's
+        generator needs no saving."""
         torch.manual_seed(int(np.random.SeedSequence((self.seed, *place)).generate_state(1)[0]))
 
     # The loop
