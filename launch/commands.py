@@ -8,7 +8,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from tenko.nmt.config import DecodeConfig
 
@@ -26,10 +26,10 @@ CHUNK = 1 << 16
 """Bytes of stdin translated at once at most; what a terminal or a slow pipe has ready is translated at once."""
 
 
-def _decode(recipe: Recipe | None, beam: int | None) -> DecodeConfig:
-    """Beam search as the recipe trains with, `beam` over it."""
+def _decode(recipe: Recipe | None, **given: Any) -> DecodeConfig:
+    """Beam search as the recipe trains with, what is given over it."""
     base = decode_config(recipe) if recipe else DecodeConfig()
-    return base if beam is None else dataclasses.replace(base, beam=beam)
+    return dataclasses.replace(base, **{key: value for key, value in given.items() if value is not None})
 
 
 def _engine(chosen: Chosen, engine: str | None, threads: int | None, device: str) -> Engine:
@@ -51,6 +51,7 @@ def translate(
     run_dir: Path | None,
     stage: str | None,
     beam: int | None,
+    length_penalty: float | None,
     threads: int | None,
     engine: str | None,
     device: str,
@@ -59,8 +60,9 @@ def translate(
     from .models import choose
 
     chosen = choose(model, run_dir, stage)
+    decode = _decode(chosen.recipe, beam=beam, length_penalty=length_penalty)
     translator = _engine(chosen, engine, threads, device)
-    decode, read, cut = _decode(chosen.recipe, beam), 0, list[int]()
+    read, cut = 0, list[int]()
     for lines in read_chunks(sys.stdin.buffer):
         for line in translator.translate(lines, decode=decode):
             sys.stdout.buffer.write(line.encode("utf-8") + b"\n")
@@ -118,6 +120,7 @@ def evaluate(
     test: Path,
     stage: str | None,
     beam: int | None,
+    length_penalty: float | None,
     threads: int | None,
     engine: str | None,
     device: str,
@@ -140,6 +143,7 @@ def evaluate(
         left_out = f"{len(pairs) - len(numbers):,} of {len(pairs):,} lines, of which a side is empty"
         print(f"tenko: {test}: left out {left_out}", file=sys.stderr)
     chosen = choose(model, run_dir, stage)
+    decode = _decode(chosen.recipe, beam=beam, length_penalty=length_penalty)
     # An artefact's figure is that of its own weights, unless another program is asked for.
     engine = engine or ("fairseq" if chosen.is_artefact else "ctranslate2")
     translator = _engine(chosen, engine, threads, device)
@@ -149,7 +153,6 @@ def evaluate(
 
     english, czech = [list(side) for side in zip(*(pairs[number - 1] for number in numbers), strict=True)]
     sources, references = (english, czech) if translator.direction == "en-cs" else (czech, english)
-    decode = _decode(chosen.recipe, beam)
     with Reporter(enabled=not as_json and sys.stdout.isatty()) as reporter:
         reporter.start(f"translating {test.name}", len(sources))
         scores = score(translator, sources, references, decode, lambda done, total: reporter.advance(done))

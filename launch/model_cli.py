@@ -45,6 +45,14 @@ Stage = Annotated[
 Beam = Annotated[
     int | None, typer.Option(min=1, help="Hypotheses of beam search; 1 is greedy.", show_default="the recipe's")
 ]
+LengthPenalty = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        help="Exponent of the length that scores are divided by; above 1 favours long translations.",
+        show_default="the recipe's",
+    ),
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="all cores")]
 Where = Annotated[Device, typer.Option(help="Where to translate.")]
 Model = Annotated[
@@ -67,6 +75,7 @@ def translate(
     run_dir: RunInstead = None,
     stage: Stage = None,
     beam: Beam = None,
+    length_penalty: LengthPenalty = None,
     threads: Threads = None,
     engine: Annotated[
         Engine | None,
@@ -88,7 +97,7 @@ def translate(
     """
     from . import commands
 
-    commands.translate(model, run_dir, stage, beam, threads, engine and engine.value, device.value)
+    commands.translate(model, run_dir, stage, beam, length_penalty, threads, engine and engine.value, device.value)
 
 
 def evaluate(
@@ -100,6 +109,7 @@ def evaluate(
     run_dir: RunInstead = None,
     stage: Stage = None,
     beam: Beam = None,
+    length_penalty: LengthPenalty = None,
     threads: Threads = None,
     engine: Annotated[
         Engine | None,
@@ -123,7 +133,8 @@ def evaluate(
     """
     from . import commands
 
-    commands.evaluate(model, run_dir, test, stage, beam, threads, engine and engine.value, device.value, as_json=json)
+    program = engine and engine.value
+    commands.evaluate(model, run_dir, test, stage, beam, length_penalty, threads, program, device.value, as_json=json)
 
 
 def export(

@@ -6,6 +6,7 @@ A bad value raises `ValueError("key: what is wrong; valid choices")`; the recipe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -174,6 +175,8 @@ class DecodeConfig:
 
     def __post_init__(self) -> None:
         require(self.beam >= 1, "beam", f"must be at least 1, is {self.beam}")
+        penalty = self.length_penalty
+        require(0 <= penalty < math.inf, "length_penalty", f"must be a number from 0 on, is {penalty}")
         require(self.max_tokens >= 1, "max_tokens", f"must be at least 1, is {self.max_tokens}")
 
 
