@@ -48,7 +48,6 @@ Beam = Annotated[
 LengthPenalty = Annotated[
     float | None,
     typer.Option(
-        min=0,
         help="Exponent of the length that scores are divided by; above 1 favours long translations.",
         show_default="the recipe's",
     ),

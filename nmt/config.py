@@ -175,8 +175,8 @@ class DecodeConfig:
 
     def __post_init__(self) -> None:
         require(self.beam >= 1, "beam", f"must be at least 1, is {self.beam}")
-        penalty = self.length_penalty
-        require(0 <= penalty < math.inf, "length_penalty", f"must be a number from 0 on, is {penalty}")
+        finite = math.isfinite(self.length_penalty)
+        require(finite, "length_penalty", f"must be a finite number, is {self.length_penalty}")
         require(self.max_tokens >= 1, "max_tokens", f"must be at least 1, is {self.max_tokens}")
 
 

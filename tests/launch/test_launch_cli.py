@@ -98,8 +98,8 @@ def test_closed_streams_are_as_devnull() -> None:
         (["translate", "en-cs", "--stage", "train"], "--stage: needs --run"),
         (["translate", "--run", "nix", "--engine", "marian"], "Invalid value for '--engine'"),
         (["translate", "--run", "nix", "--beam", "0"], "Invalid value for '--beam'"),
-        (["translate", "en-cs", "--length-penalty", "-1"], "Invalid value for '--length-penalty'"),
-        (["translate", "en-cs", "--length-penalty", "inf"], "length_penalty: must be a number from 0 on, is inf"),
+        (["translate", "en-cs", "--length-penalty", "long"], "Invalid value for '--length-penalty'"),
+        (["translate", "en-cs", "--length-penalty", "inf"], "length_penalty: must be a finite number, is inf"),
         (["evaluate", "--run", "nix", "--test", "no.tsv"], "--test: no such file: no.tsv"),
         (["watch", "nix", "--interval", "inf"], "--interval: must be at most 86400 s, is inf"),
         (

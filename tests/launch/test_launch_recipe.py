@@ -100,11 +100,6 @@ def test_stages_of_one_kind_are_told_apart_by_name() -> None:
         ("max_update: 10", "lr: 1", "r.yaml:7: lr: set twice, first at r.yaml:6"),
         ("max_update: 10", "adam_betas: [1]", "r.yaml:7: train.adam_betas: must be a list of 2, is a list of 1"),
         ("max_update: 10", "decode: {beam: 0}", "r.yaml:7: train.decode.beam: must be at least 1, is 0"),
-        (
-            "max_update: 10",
-            "decode: {length_penalty: -1}",
-            "r.yaml:7: train.decode.length_penalty: must be a number from 0 on, is -1",
-        ),
         ("vocab_size: 500", "train: [a, b]", "r.yaml:3: data.train: must be text or a mapping, is a list of 2"),
         ("vocab_size: 500", "train: {en: a}", "r.yaml:3: data.train: needs the keys en and cs, has ['en']"),
         ("vocab_size: 500", "vocab_size: [", "r.yaml:5: not valid YAML"),
