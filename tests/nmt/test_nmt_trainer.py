@@ -59,6 +59,16 @@ def plain_loop(trainer: Trainer, model: nn.Module, count: int, *, fused: bool) -
     return tensors
 
 
+def test_a_training_replaces_source_words_as_its_settings_say(small_corpus: Corpus, tmp_path: Path) -> None:
+    settings: list[dict[str, Any]] = [{}, {"switchout": 0.3}, {"switchout": 0.3}]
+    trainers = [toy_trainer(small_corpus, tmp_path / str(i), **given) for i, given in enumerate(settings)]
+    for trainer in trainers:
+        updates(trainer, 1)
+    without, first, again = (snapshot(trainer) for trainer in trainers)
+    assert differing(first, without)
+    assert not differing(first, again)
+
+
 def test_a_training_may_have_a_dropout_of_its_own(small_corpus: Corpus, tmp_path: Path) -> None:
     fields = {"dropout": 0.3, "attention_dropout": 0.2, "activation_dropout": 0.1}
     plain = toy_trainer(small_corpus, tmp_path, model=toy_model(small_corpus))
