@@ -1,4 +1,5 @@
-"""The Quant-Noise table: {post-training, QAT, Quant-Noise} x {int8, int4, iPQ, iPQ + int8}, from one trained model.
+"""The Quant-Noise table: {post-training, QAT, Quant-Noise} x {int8, int4, iPQ, iPQ + int8}, from one trained model; and
+ternary (TWN, loss-aware) and binary weights.
 
     python benchmarks/compression.py --model en-cs          # the model that ships; hours on one core
     python benchmarks/compression.py --model runs/embedded/1-train/artefact --updates 300 --jobs 2
@@ -35,7 +36,9 @@ RESULTS = ROOT / "docs" / "results"
 PQ = {"blocks": {"ffn": 4, "embedding": 3, "attention": 4}, "bits": 1.53}
 """As in recipes/ipq.yaml."""
 LR = 7e-4
-SCHEMES = ("int8", "int4", "pq", "pq_int8")
+TABLE = ("int8", "int4", "pq", "pq_int8")
+FEW_LEVELS = ("ternary", "lat", "binary")
+SCHEMES = (*TABLE, *FEW_LEVELS)
 METHODS = {
     "none": "trained on, not quantized",
     "ptq": "post-training",
@@ -85,7 +88,7 @@ def cells(updates: int, lr: float, taught: bool = False) -> list[Cell]:
         return {"quant_noise": {"scheme": scheme, "p": p, "train": {**train(count), **teacher}, **more}}
 
     def thin(count: int) -> dict[str, Any]:
-        """Of a model at 1.5 bits a weight: it underfits, so no dropout, and the rate falls to 0."""
+        """Of a model at one or two bits a weight: it underfits, so no dropout, and the rate falls to 0."""
         return {**train(count), "lr": 2 * lr, **settled}
 
     half = updates // 2
@@ -108,6 +111,10 @@ def cells(updates: int, lr: float, taught: bool = False) -> list[Cell]:
         found.append(Cell(scheme, "qat", ({"quant_noise": learned},)))
         ipq = {"ipq": {"scheme": scheme, **PQ, "distill": {"weight": 1.0}, "train": thin((updates - half) // 3)}}
         found += [Cell(scheme, method, (ipq,), after=f"pq-before-{method}") for method in ("plain", "noise")]
+    for scheme in FEW_LEVELS:
+        learned = {"scheme": scheme, "p": 1.0, "train": {**thin(updates), "distill": {"weight": 1.0}}}
+        found.append(Cell(scheme, "ptq", ({"quantize": {"scheme": scheme}},), after="fp32-none"))
+        found.append(Cell(scheme, "qat", ({"quant_noise": learned},)))
     return found
 
 
@@ -186,7 +193,7 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=600, help="of each training path")
     parser.add_argument("--lr", type=float, default=LR, help=f"peak learning rate (default: {LR:g})")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
-    parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), choices=SCHEMES, help="rows, beside fp32")
+    parser.add_argument("--schemes", nargs="+", default=list(TABLE), choices=SCHEMES, help="rows, beside fp32")
     parser.add_argument(
         "--taught",
         action="store_true",
@@ -216,7 +223,7 @@ def write(todo: list[Cell], args: argparse.Namespace) -> None:
     (RESULTS / f"{args.name}.json").write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
     seeds = " ".join(map(str, args.seeds))
     part = f" --lr {args.lr:g}" if args.lr != LR else ""
-    part += "" if args.schemes == list(SCHEMES) else f" --schemes {' '.join(args.schemes)}"
+    part += "" if args.schemes == list(TABLE) else f" --schemes {' '.join(args.schemes)}"
     part += (" --taught" if args.taught else "") + ("" if args.name == "compression" else f" --name {args.name}")
     lines = [
         "# What each way to quantize costs",

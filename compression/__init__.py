@@ -10,16 +10,25 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .activations import activation_ranges, attach_activations
-    from .config import LotteryConfig, QuantizeConfig, QuantNoiseConfig
+    from .config import IpqConfig, LotteryConfig, PqConfig, PqNoiseConfig, QuantizeConfig, QuantNoiseConfig
+    from .ipq import Ipq
     from .masks import Masks, PrunedWeights
     from .noise import QuantNoise
     from .packed import artefact_bytes, read_artefact, write_artefact
+    from .pq import PostTrainingPq
+    from .pq_noise import PqNoise
     from .technique import Packed, Technique, select_weights
 
 __all__ = [
+    "Ipq",
+    "IpqConfig",
     "LotteryConfig",
     "Masks",
     "Packed",
+    "PostTrainingPq",
+    "PqConfig",
+    "PqNoise",
+    "PqNoiseConfig",
     "PrunedWeights",
     "QuantNoise",
     "QuantNoiseConfig",
@@ -34,8 +43,14 @@ __all__ = [
 ]
 
 _HOME = {
+    "Ipq": "ipq",
+    "IpqConfig": "config",
     "LotteryConfig": "config",
     "Masks": "masks",
+    "PostTrainingPq": "pq",
+    "PqConfig": "config",
+    "PqNoise": "pq_noise",
+    "PqNoiseConfig": "config",
     "PrunedWeights": "masks",
     "QuantNoise": "noise",
     "QuantNoiseConfig": "config",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 PQ_GROUPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -15,6 +15,16 @@ PQ_GROUPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     }
 )
 """Groups of weights by the names that Transformers give them; what `PqConfig.blocks` may name."""
+
+
+def check_choices(config: Any) -> None:
+    """Raises: ValueError that names the field and the valid choices, where a dataclass's field is none of its Literal.
+
+    A recipe's loader has checked that already; a program that makes its own config has not.
+    """
+    for name, hint in get_type_hints(type(config)).items():
+        if get_origin(hint) is Literal and (given := getattr(config, name)) not in get_args(hint):
+            raise ValueError(f"{name}: is {given!r}; valid are {', '.join(get_args(hint))}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +43,7 @@ class PqConfig:
     """Of k-means."""
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if not self.blocks:
             raise ValueError("blocks: must name at least one group, for instance {ffn: 8, embedding: 8, attention: 4}")
         for group, block in self.blocks.items():
@@ -95,6 +106,7 @@ class QuantizeConfig:
     """Shell patterns of weights to leave in fp32; a pattern that matches none is an error, in both lists."""
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if self.clip == "mse" and self.scheme not in ("int8", "int4"):
             raise ValueError(f"clip: mse is for int8 and int4, scheme is {self.scheme}; valid is max")
         if self.granularity == "tensor" and self.scheme.startswith("pq"):
@@ -191,6 +203,7 @@ class LotteryConfig:
         return (self.rounds,) if self.one_shot else tuple(range(1, self.rounds + 1))
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if self.rounds < 1:
             raise ValueError(f"rounds: must be at least 1, is {self.rounds}")
         if not 0 <= self.fraction < 1:

@@ -35,7 +35,8 @@ _DTYPES = {
 }
 _FREE_ELEMENTS = 1 << 28
 _ELEMENTS_A_BYTE = 64
-_DIMENSIONS = 8
+DIMENSIONS = 8
+"""Of a tensor in a file, at most."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,16 @@ def element_limit(file_bytes: int) -> int:
 
 def is_sane(shape: Sequence[int], file_bytes: int) -> bool:
     """Whether a tensor can have this shape; an empty one could claim any, such as [0, 2^60]."""
-    return len(shape) <= _DIMENSIONS and math.prod(size or 1 for size in shape) <= element_limit(file_bytes)
+    return len(shape) <= DIMENSIONS and claimed(shape) <= element_limit(file_bytes)
+
+
+def claimed(shape: Sequence[int]) -> int:
+    """The elements of a shape, sizes of 0 left out: what an empty tensor is judged by."""
+    return math.prod(size or 1 for size in shape)
 
 
 def artefact_file(path: Path) -> Path:
-    """The model file of an artefact: the path itself if it ends in `.safetensors` or `.zst`, else the folder's one.
+    """The model file of an artefact: the path if its name ends in `.safetensors` or `.safetensors.zst`, else its folder's.
 
     Raises:
         ValueError: there is none, or a folder holds both `model.safetensors` and `model.safetensors.zst`.
@@ -94,10 +100,11 @@ def write_container(
     """Write tensors and document atomically; return the file's path.
 
     Args:
-        path: the artefact's folder (made if missing; a file of the other kind in it goes), or the file itself.
+        path: the artefact's folder (made if missing), or the file itself, whose name gets or loses `.zst` as `zstd`
+            wants it; a file of the other kind, which held an earlier model, goes.
         tensors: on the CPU, contiguous, each in a storage of its own.
         document: text.
-        elements: what the tensors decode to.
+        elements: what the tensors decode to; at least what the shape of each claims.
         zstd: compression level, 1 to 22; None writes plain safetensors.
 
     Raises:
@@ -119,9 +126,8 @@ def write_container(
         raise ValueError(f"{file}: {needed:,} elements in {len(data):,} bytes would be refused when read")
     file.parent.mkdir(parents=True, exist_ok=True)
     _write_atomically(file, data)
-    if not _is_file_name(path):
-        other = path / (FILE if ending else FILE + ZSTD)
-        other.unlink(missing_ok=True)
+    other = file.with_name(file.name.removesuffix(ZSTD) if ending else file.name + ZSTD)
+    other.unlink(missing_ok=True)
     return file
 
 

@@ -29,7 +29,8 @@ def fit(blocks: Tensor, centroids: int, *, seed: int, iterations: int = 25, star
         start: [centroids, width], the first centroids in place of random blocks.
 
     Returns:
-        fp32 [K, width] on the CPU, K = min(centroids, distinct blocks); each is the nearest of at least one block.
+        fp32 [K, width] on the CPU, K = min(centroids, distinct blocks); each is the nearest of at least one block,
+        unless blocks differ by rounding errors only.
     """
     faiss = _faiss()
     points = _numpy(blocks)
@@ -53,13 +54,13 @@ def assign(blocks: Tensor, centroids: Tensor) -> Tensor:
     """The number of the nearest centroid of each block, int64 [blocks], on the CPU; of blocks on a GPU, there.
 
     Args:
-        blocks: [blocks, width], finite.
+        blocks: [blocks, width]; one that holds inf or NaN gets any of the numbers.
         centroids: [K, width], on the same device.
     """
     if blocks.is_cuda:  # without waiting for it
         scores = torch.addmm(centroids.float().square().sum(1), blocks.float(), centroids.float().T, alpha=-2)
         return scores.argmin(1)
-    return torch.from_numpy(_nearest(_numpy(blocks), _numpy(centroids))[1])
+    return torch.from_numpy(_nearest(_numpy(blocks), _numpy(centroids))[1]).clamp_(min=0)  # faiss: -1 for NaN
 
 
 def _split_for_empty(points: np.ndarray, centroids: np.ndarray) -> np.ndarray:

@@ -33,7 +33,11 @@ from .ternary import Lat, Twn, TwoMeans
 
 
 def make_quantizer(config: QuantizeConfig) -> Quantizer:
-    """The quantizer of a recipe's scheme, granularity and clip."""
+    """The quantizer of a recipe's scheme, granularity and clip.
+
+    Raises:
+        ValueError: the scheme is product quantization, which has techniques of its own.
+    """
     match config.scheme:
         case "int8" | "int4":
             return Linear(int(config.scheme[3:]), config.granularity, config.clip)
@@ -41,9 +45,10 @@ def make_quantizer(config: QuantizeConfig) -> Quantizer:
             return Twn(config.granularity)
         case "lat":
             return Lat(config.granularity)
-        case _:
-            assert config.scheme == "binary", config.scheme
+        case "binary":
             return TwoMeans(config.granularity)
+        case _:
+            raise ValueError(f"scheme: {config.scheme} is for PqNoise, PostTrainingPq and Ipq, not for QuantNoise")
 
 
 def select_noisy(model: nn.Module, config: QuantizeConfig) -> list[Weight]:
@@ -74,6 +79,9 @@ class QuantNoise:
     Args:
         config: a `QuantizeConfig` quantizes all matched weights.
         seed: of the masks; the same on all ranks.
+
+    Raises:
+        ValueError: the scheme is product quantization.
     """
 
     def __init__(self, config: QuantizeConfig, seed: int = 0) -> None:

@@ -20,10 +20,12 @@ import torch
 from torch import Tensor
 
 from .container import (
+    DIMENSIONS,
     FILE,
     ZSTD,
     Container,
     artefact_file,
+    claimed,
     element_limit,
     is_sane,
     read_container,
@@ -77,8 +79,8 @@ def write_artefact(
         zstd: level, 1 to 22: the file is compressed whole, and its name ends in `.zst`. None leaves it plain.
 
     Raises:
-        ValueError: zstd is no level, a tensor has a type that is not for files, or the file would decode to more than
-            `read_artefact` takes.
+        ValueError: zstd is no level, a tensor has a type or more dimensions than a file takes, or the file would
+            decode to more than `read_artefact` takes.
         OSError: the file can't be written (disk full, ...); nothing is left half-written.
     """
     assert not set(metadata) & set(_OURS), f"{_OURS} are set by write_artefact"
@@ -86,6 +88,7 @@ def write_artefact(
     forms: dict[str, Form] = {}
     tied: dict[str, str] = {}
     first_name: dict[Any, str] = {}
+    addresses: set[int] = set()
     for name, tensor in state.items():
         assert ".parametrizations." not in name, f"{name} is still parametrized; bake first"
         first = first_name.setdefault(_identity(tensor), name) if tensor.numel() else name
@@ -95,6 +98,8 @@ def write_artefact(
         if tensor.dtype not in DENSE and not tensor.is_floating_point():
             valid = ", ".join(map(str, DENSE))
             raise ValueError(f"tensor {name} is {tensor.dtype}, which has no place in an artefact; valid: {valid}")
+        if tensor.dim() > DIMENSIONS:
+            raise ValueError(f"tensor {name} has {tensor.dim()} dimensions; a file takes at most {DIMENSIONS}")
         packed = technique.pack(name) if technique is not None else None
         form, parts = encode(tensor, packed)
         keyed = {form.key(name, part): value for part, value in parts.items()}
@@ -102,13 +107,15 @@ def write_artefact(
             back = decode(name, form, find_parts(name, form, keyed))
             assert torch.equal(back, tensor.detach().cpu().float()), f"{name} differs from its codes"
         assert not set(keyed) & set(stored), f"{name} collides with a part of another tensor"
-        stored |= keyed
+        for key, part in keyed.items():  # the same memory seen in another way is no tie: it is stored again
+            stored[key] = part.clone() if part.data_ptr() in addresses else part
+            addresses.add(part.data_ptr())
         forms[name] = form
     document = {"technique": technique.name if technique else "dense", **metadata}
     document |= {"format": FORMAT, "tensors": {name: form.describe() for name, form in forms.items()}, "tied": tied}
     document = json.loads(json.dumps(document))  # as it will be read: its digest is taken of that
     document["sha256"] = _digest(stored, document)
-    elements = sum(form.elements for form in forms.values())
+    elements = max([sum(form.elements for form in forms.values()), *(claimed(form.shape) for form in forms.values())])
     return write_container(
         path, stored, json.dumps(document, sort_keys=True, separators=(",", ":")), elements=elements, zstd=zstd
     )

@@ -127,7 +127,7 @@ def quantize_pq(
         codes, uint8 [rows, columns / block]; codebook, fp32 [K, block], not rounded as `scheme` stores it; on the CPU.
     """
     assert 2 <= centroids <= 256, f"{centroids} centroids: a code is one byte"
-    blocks = as_blocks(weight, block).float()
+    blocks = as_blocks(weight, block).float().cpu()  # where k-means runs
     codebook = kmeans.fit(blocks, centroids, seed=seed, iterations=iterations, start=start)
     codes = kmeans.assign(blocks, centroid_values(codebook, scheme))
     return codes.to(torch.uint8).reshape(weight.shape[0], -1), codebook

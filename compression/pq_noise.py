@@ -10,7 +10,7 @@ exact weights.
 
 Below p = 1 the trained weights stay dense (`bake` leaves them exact), and product quantization follows. At p = 1, which
 is quantization-aware training, they have learned to be read as codewords: `bake` quantizes them by the last codebooks,
-so that the result is the model that evaluation has read.
+so that the result is the model that evaluation has read, but for biases and norms, which become fp16.
 
 Source: Fan et al. 2021, "Training with Quantization Noise for Extreme Model Compression", section 4.2. fairseq's own
 zero noise also multiplies what is left by 1 / (1 - p), as dropout does; the paper does not, and neither does this.
@@ -196,17 +196,18 @@ class NoisyBlocks(Reader):
         blocks = as_blocks(stored, item.block)
         values = centroid_values(self.codebook, technique.scheme)
         if stored.is_cuda:  # all of them, rather than wait to know which
-            codewords = values[kmeans.assign(blocks, values)].to(stored.dtype)
+            codewords = _spread_nan(values[kmeans.assign(blocks, values)].to(stored.dtype), blocks)
             return torch.where(mask, codewords, blocks).reshape(stored.shape)
         blocks = blocks.clone()
         chosen = mask.squeeze(1).nonzero().squeeze(1)
-        codes = kmeans.assign(blocks[chosen], values).to(stored.device)
-        blocks[chosen] = values[codes].to(stored.dtype)
+        replaced = blocks[chosen]
+        blocks[chosen] = _spread_nan(values[kmeans.assign(replaced, values)].to(stored.dtype), replaced)
         return blocks.reshape(stored.shape)
 
     def _quantized(self, stored: Tensor) -> Tensor:
         codes, codebook = self.code(stored)
-        return decode_pq(codes, centroid_values(codebook, self._source[0].scheme), stored.shape).to(stored.dtype)
+        decoded = decode_pq(codes, centroid_values(codebook, self._source[0].scheme), stored.shape).to(stored.dtype)
+        return _spread_nan(decoded, stored)
 
     @property
     def fitted(self) -> Tensor:
@@ -220,3 +221,8 @@ class NoisyBlocks(Reader):
         values = centroid_values(self.fitted, technique.scheme)
         codes = kmeans.assign(as_blocks(stored, item.block), values)
         return codes.to(stored.device, torch.uint8).reshape(stored.shape[0], -1), self.fitted
+
+
+def _spread_nan(codewords: Tensor, weights: Tensor) -> Tensor:
+    """NaN in the place of weights that are inf or NaN, as the scalar schemes decode them: the loss must show them."""
+    return codewords.add_(weights, alpha=0)

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 _SLICE = 1 << 20
 """Codes of product quantization that are looked up at once."""
@@ -23,8 +22,6 @@ def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
         codes: integers [rows, ...].
         scale: fp32 [rows], or [1] for the whole tensor.
     """
-    if scale.requires_grad:
-        return codes.float() * _per_row(scale, codes)
     return codes.to(torch.float32, copy=True).mul_(_per_row(scale, codes))  # in place: half of the memory
 
 
@@ -49,8 +46,6 @@ def decode_pq(codes: Tensor, codebook: Tensor, shape: Sequence[int], scale: Tens
         scale: fp32 [1] or [K], which an int8 codebook is multiplied with; None for a codebook of floats.
     """
     centroids = codebook.float() if scale is None else dequantize(codebook, scale)
-    if centroids.requires_grad:
-        return functional.embedding(codes.int(), centroids).reshape(tuple(shape))
     flat = codes.reshape(-1)
     blocks = centroids.new_empty(len(flat), centroids.shape[1])
     for start in range(0, len(flat), _SLICE):  # numbers of four bytes for a slice of the codes, not for all

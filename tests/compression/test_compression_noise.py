@@ -289,11 +289,20 @@ def test_a_block_that_does_not_divide_is_an_error_that_names_the_weight(model: T
         ({"scheme": "pq_int8", "block_size": 8}, "block_size"),
         ({"scheme": "ternary", "clip": "mse"}, "clip"),
         ({"include": ()}, "include"),
+        ({"scheme": "int2"}, "scheme"),
+        ({"granularity": "row"}, "granularity"),
+        ({"clip": "mean"}, "clip"),
     ],
 )
 def test_bad_settings_are_refused_by_key(settings: dict[str, Any], key: str) -> None:
     with pytest.raises(ValueError, match=rf"^{key}: "):
         QuantNoiseConfig(**settings)
+
+
+@pytest.mark.parametrize("scheme", ["pq", "pq_int8"])
+def test_product_quantization_is_sent_to_its_own_techniques(scheme: Any) -> None:
+    with pytest.raises(ValueError, match=rf"^scheme: {scheme} is for PqNoise, PostTrainingPq and Ipq"):
+        QuantNoise(QuantNoiseConfig(scheme=scheme))
 
 
 def test_non_finite_weights_are_refused_by_name_when_baking(model: Tied) -> None:

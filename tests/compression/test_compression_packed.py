@@ -68,6 +68,31 @@ def test_dense_floats_are_stored_as_fp32_and_views_apart_from_their_base(tmp_pat
     assert all(torch.equal(back[name], value.float()) for name, value in state.items())
 
 
+def test_memory_seen_in_two_shapes_is_stored_for_each(tmp_path: Path) -> None:
+    whole = torch.randn(2, 3)
+    state = {"matrix": whole, "vector": whole.view(6), "deep": whole.view(1, 2, 3), "tied": whole}
+    write_artefact(tmp_path, state, metadata={})
+    back, metadata = read_artefact(tmp_path)
+    assert metadata["tied"] == {"tied": "matrix"}
+    assert all(torch.equal(back[name], value) for name, value in state.items())
+
+
+@pytest.mark.parametrize("name", ["", "model.safetensors", "other.safetensors.zst"])
+def test_the_file_of_the_other_compression_goes_so_that_nobody_reads_the_old_model(tmp_path: Path, name: str) -> None:
+    for value, zstd in enumerate((None, 3, None)):
+        file = write_artefact(tmp_path / name, {"w": torch.full((3,), float(value))}, metadata={}, zstd=zstd)
+        assert file.name.endswith(".zst") == (zstd is not None)
+        assert list(tmp_path.iterdir()) == [file]
+        assert bool((read_artefact(file)[0]["w"] == value).all())
+
+
+@pytest.mark.parametrize("shape", [(1,) * 9, (0, 2**29)])
+def test_a_shape_that_would_be_refused_is_not_written(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"has 9 dimensions; a file takes at most 8|would be refused when read"):
+        write_artefact(tmp_path, {"w": torch.zeros(shape), "rest": torch.ones(3)}, metadata={})
+    assert not list(tmp_path.iterdir())
+
+
 def test_equal_states_give_equal_files(tmp_path: Path) -> None:
     assert example(tmp_path / "a")[0].read_bytes() == example(tmp_path / "b")[0].read_bytes()
 

@@ -8,6 +8,7 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from toy_training import toy_model
 
 from tenko.compression import Technique, kmeans, read_artefact, write_artefact
@@ -56,6 +57,19 @@ def test_a_weight_made_of_k_codewords_comes_back_exactly() -> None:
     assert codebook.dtype == torch.float32
     assert len(codebook) == len(which.unique())
     assert torch.equal(decode_packed(pack_pq(codes, codebook, "pq"), weight.shape), weight)
+
+
+def test_a_weight_on_a_gpu_is_clustered_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without one: torch only follows the devices, and a codebook stands in for that of k-means."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        weight = torch.empty(64, 64, device="cuda")
+        monkeypatch.setattr(kmeans, "fit", lambda blocks, count, **_: torch.empty(count, blocks.shape[1]))
+        monkeypatch.setattr(kmeans, "_nearest", lambda points, _: (None, np.zeros(len(points), np.int64)))
+        monkeypatch.setattr(kmeans, "_numpy", lambda tensor: np.empty(tensor.shape))
+        codes, codebook = quantize_pq(weight, 4, 16, seed=1)
+    assert codes.is_cpu
+    assert codebook.is_cpu
+    assert codes.shape == (64, 16)
 
 
 def test_more_centroids_make_a_smaller_error_and_smaller_blocks_too() -> None:

@@ -150,6 +150,26 @@ def test_evaluation_reads_the_nearest_codeword_of_every_block(small_corpus: Corp
             fc1.parametrizations.weight.original.neg_()
 
 
+@pytest.mark.parametrize("p", [0.9, 1.0])
+@pytest.mark.parametrize("centroids", [16, 256])  # 16: no codeword has the number that faiss gives a NaN
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_shows_in_training_and_evaluation(
+    small_corpus: Corpus, p: float, centroids: int, value: float
+) -> None:
+    technique = noise(p, centroids=centroids, refit_interval=0)
+    model = attached(small_corpus, technique)
+    technique.before_update(0)
+    fc1 = model.encoder.layers[0].fc1
+    with torch.no_grad():
+        fc1.parametrizations.weight.original[3] = value
+    for training in (True, False):
+        technique.before_update(1)
+        model.train(training)
+        finite = torch.isfinite(fc1.weight)
+        assert not finite[3].any()
+        assert finite.sum() == finite.numel() - finite[3].numel()
+
+
 def test_evaluation_under_zero_noise_reads_exact_weights(small_corpus: Corpus) -> None:
     technique = noise(0.5, noise="zero")
     model = attached(small_corpus, technique)
