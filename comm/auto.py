@@ -129,6 +129,9 @@ class Auto(Route):
         return {**super().state_dict(), "choice": self.choice, "seconds": self.seconds, "candidates": inner}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        for key in ("candidates", "choice", "seconds"):
+            if key not in state:
+                raise ValueError(f"comm.auto: {key} is missing in the saved state, which another route has saved")
         super().load_state_dict(state)
         for name, inner in state["candidates"].items():
             if name not in self.candidates:

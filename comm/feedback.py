@@ -44,6 +44,10 @@ class ErrorFeedback:
         """Forget all residuals: after an overflow, whose update is skipped and whose loss scale changes."""
         for flat in self._flats.values():
             flat.zero_()
+        in_use = {
+            index for tensors in self._flats for index in tensors
+        }  # the others were loaded, and not asked for yet
+        self._pieces = {index: piece for index, piece in self._pieces.items() if index in in_use}
 
     def clear_unless(self, finite: Tensor) -> None:
         """`clear` where `finite` [] is false; on a GPU without waiting for its value."""

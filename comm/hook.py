@@ -77,6 +77,9 @@ class LaneRoute(Route):
         error_feedback: whether residuals are kept.
         levels: "node": two levels, for lanes that know nodes.
         timeout: seconds to wait for a rank before giving it up.
+
+    Raises:
+        ValueError: the timeout is no number of seconds.
     """
 
     def __init__(
@@ -89,8 +92,11 @@ class LaneRoute(Route):
         timeout: float = 1800.0,
     ) -> None:
         super().__init__()
+        if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout < float("inf"):
+            raise ValueError(f"timeout: must be seconds, finite and above 0, is {timeout!r}")
         self.lanes, self.seed, self.levels, self.timeout = lanes, seed, levels, timeout
         self._feedback = ErrorFeedback() if error_feedback else None
+        self._shapes: list[torch.Size] = []
         self._link: Link | None = None
         self._exchanger: Exchanger | None = None
         self._portions: dict[tuple[int, ...], list[tuple[Lane, Portion]]] = {}
@@ -162,9 +168,10 @@ class LaneRoute(Route):
         self.meter.instead(buffer.numel(), self.world_size)
         work = buffer if buffer.dtype == torch.float32 else buffer.float()
         exchanges: list[Exchange] = []
+        unused = self._unused(work, bucket)
         for lane, portion in self._plan(bucket, buffer):
             gradient.started += 1
-            exchanges.append(self._tracked(lane, work, portion, gradient, self._next_tag()))
+            exchanges.append(self._tracked(lane, work, portion, gradient, self._next_tag(), unused))
         if bucket.is_last():
             exchanges.append(self._after(gradient, work))
             self._gradient = None
@@ -182,9 +189,38 @@ class LaneRoute(Route):
         self._tag += TAGS
         return self._tag
 
-    def _tracked(self, lane: Lane, work: Tensor, portion: Portion, gradient: _Gradient, tag: int) -> Exchange:
+    def _unused(self, buffer: Tensor, bucket: dist.GradBucket) -> frozenset[int]:
+        """Tensors of the bucket that have no gradient on this rank, where DDP looks for such: those that no rank used
+        keep `grad` as it was, and DDP drops what their exchange gives."""
+        assert isinstance(self._model, DistributedDataParallel)
+        if self._feedback is None or not self._model.find_unused_parameters:
+            return frozenset()
+        parameters = bucket.parameters()
+        parts = buffer.split([parameter.numel() for parameter in parameters])
+        used = torch.stack([part.any() for part in parts]).tolist()
+        return frozenset(self._index[id(p)] for p, is_used in zip(parameters, used, strict=True) if not is_used)
+
+    def _tracked(
+        self, lane: Lane, work: Tensor, portion: Portion, gradient: _Gradient, tag: int, unused: frozenset[int]
+    ) -> Exchange:
+        kept = self._hold_back(portion, unused)
         yield from lane.exchange(work, portion, gradient.step, tag)
+        for residual, before in kept:
+            residual += before
         gradient.end(lane.finite(work, portion))
+
+    def _hold_back(self, portion: Portion, unused: frozenset[int]) -> list[tuple[Tensor, Tensor]]:
+        """Error feedback waits for the next gradient of a tensor: residuals [pieces] that are 0 now, and were."""
+        pieces = [(p, at) for p, at in zip(portion.pieces, portion.starts, strict=True) if p.tensor in unused]
+        if not pieces or self._feedback is None:
+            return []
+        bucket = portion.bucket
+        whole = self._feedback.flat(bucket.tensors, bucket.numels, self.device)
+        residuals = [whole[at + piece.start : at + piece.start + piece.numel] for piece, at in pieces]
+        kept = [(residual, residual.clone()) for residual in residuals]
+        for residual in residuals:
+            residual.zero_()
+        return kept
 
     def _after(self, gradient: _Gradient, last: Tensor) -> Exchange:
         """Runs once the whole gradient has been exchanged; `last` is the buffer of the last bucket."""
@@ -228,7 +264,17 @@ class LaneRoute(Route):
             if hasattr(lane, "context"):
                 lane.context.seed = self.seed
         if self._feedback is not None and state.get("feedback") is not None:
+            self._check_residuals(state["feedback"])
             self._feedback.load_state_dict(state["feedback"])
+
+    def _check_residuals(self, saved: dict[str, Tensor]) -> None:
+        for index, residual in saved.items() if self._shapes else ():
+            place = int(index)
+            if not (place < len(self._shapes) and residual.numel() == self._shapes[place].numel()):
+                raise ValueError(
+                    f"comm.feedback: the saved state is of another model: parameter {place} has {residual.numel()} "
+                    "elements there"
+                )
 
     def close(self) -> None:
         super().close()
@@ -264,6 +310,8 @@ def quantizers(
     rounding: Literal["stochastic", "nearest"],
 ) -> tuple[Quantizer, Quantizer]:
     """The quantizers of the two legs. Raises ValueError, which names `bits_down` where that is wrong."""
+    if bits_down == 1:
+        raise ValueError("bits_down: 1 loses what no error feedback gives back on this leg; must be 2 to 8")
     block = block or default_block(bits, bits_down)
     up = Quantizer(bits, clip, block, rounding, sigma)
     try:
@@ -334,9 +382,15 @@ class QuantizedAllReduce(LaneRoute):
 
 
 class HalfAllReduce(LaneRoute):
-    """fp16 (or bf16) numbers both ways, added up in fp32."""
+    """fp16 (or bf16) numbers both ways, added up in fp32.
+
+    Raises:
+        ValueError: another type, or the timeout is no number of seconds.
+    """
 
     def __init__(self, dtype: torch.dtype = torch.float16, *, timeout: float = 1800.0) -> None:
+        if dtype not in (torch.float16, torch.bfloat16):
+            raise ValueError(f"dtype: must be torch.float16 or torch.bfloat16, is {dtype}")
         super().__init__({"fp16": PlainLane(dtype)}, timeout=timeout)
 
 

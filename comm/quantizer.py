@@ -65,7 +65,7 @@ class Quantizer:
     sigma: Literal["block", "row", "tensor"] = "block"
 
     def __post_init__(self) -> None:
-        if self.bits not in BITS:
+        if not isinstance(self.bits, int) or self.bits not in BITS:
             raise ValueError(f"bits: must be 1 to 8, is {self.bits}")
         if not 0 <= self.clip < float("inf"):
             raise ValueError(f"clip: must be finite and at least 0 (0: no clip), is {self.clip}")

@@ -40,7 +40,7 @@ class RowsLane(Lane):
 
     def portions(self, bucket: Bucket, tensors: Sequence[int]) -> list[Portion]:
         assert all(len(self.context.shapes[tensor]) >= 2 for tensor in tensors), tensors
-        return [Portion(bucket, tuple(self._whole.pieces(tensor))) for tensor in tensors]
+        return [Portion(bucket, pieces) for tensor in tensors if (pieces := tuple(self._whole.pieces(tensor)))]
 
     def exchange(self, buffer: Tensor, portion: Portion, step: int, tag: int) -> Exchange:
         context, tensor = self.context, portion.pieces[0].tensor

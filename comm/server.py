@@ -103,6 +103,11 @@ class ServerRoute(LaneRoute):
 
     def bind(self, model: DistributedDataParallel) -> None:
         super().bind(model)
+        for index, (name, trains) in enumerate(zip(self._names, self._trains, strict=True)):
+            if trains and name in model.parameters_to_ignore and self._lane_of[index] in ("server", UNDECIDED):
+                raise ValueError(
+                    f"model: DDP ignores {name}, which the server would keep as it is; freeze it, or unignore"
+                )
         for index, parameter in enumerate(model.parameters()):
             if self.world_size > 1 and self._lane_of[index] == "server" and parameter.requires_grad:
                 self._watches.append(parameter.register_hook(partial(self._watch, index, parameter)))
@@ -187,14 +192,19 @@ class ServerRoute(LaneRoute):
         eps: float = 1e-8,
         weight_decay: float = 0.01,
     ) -> torch.optim.Optimizer:
-        """AdamW, sharded where the server has the parameters. From now on those hold quantized weights."""
+        """AdamW, sharded where the server has the parameters. From now on those hold quantized weights.
+
+        Raises:
+            ValueError: there is one already, a parameter that the server has and that trains is not among `parameters`,
+                or a state was loaded that is not this rank's.
+        """
         if "server" not in self.lanes:
             return super().optimizer(parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         if self._optimizer is not None:
             raise ValueError("optimizer: this route has one already")
         self._optimizer = ServerOptimizer(self, [p for _, p in parameters], lr, betas, eps, weight_decay)
         if self._pending is not None:
-            self._optimizer.owner.load_state_dict(self._pending)
+            self._optimizer.load_shard(self._pending)
             self._pending = None
         return self._optimizer
 
@@ -246,7 +256,7 @@ class ServerRoute(LaneRoute):
             if self._optimizer is None:
                 self._pending = state["server"]
             else:
-                self._optimizer.owner.load_state_dict(state["server"])
+                self._optimizer.load_shard(state["server"])
 
     def _restored(self, saved: Sequence[str]) -> list[str]:
         """Saved lanes; ValueError where the rules, of now, do not allow the one that a parameter had."""

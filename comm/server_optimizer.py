@@ -14,6 +14,7 @@ from .lanes import DOWN, QuantizedLane, gather
 from .layout import Cut, as_stored
 from .owner import ShardOwner, WeightFormat
 from .reference import key_words
+from .split import plain_name
 
 if TYPE_CHECKING:
     from .server import ServerRoute
@@ -47,6 +48,9 @@ class ServerOptimizer(torch.optim.Optimizer):
         if others:
             self._inner = torch.optim.AdamW(others, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
         self._tensors = [p for p in _parameters_of(route) if lane[id(p)] == "server" and p.requires_grad]
+        missing = {id(p) for p in self._tensors} - {id(p) for p in parameters}
+        if left := [name for name, p in _named(route) if id(p) in missing]:
+            raise ValueError(f"optimizer: must be given all parameters that the server has; {left[0]} is missing")
         shapes = [p.shape for p in self._tensors]
         numels = [shape.numel() for shape in shapes]
         ends = np.cumsum(numels)
@@ -94,10 +98,12 @@ class ServerOptimizer(torch.optim.Optimizer):
             self._route.finite = not sums or bool(torch.isfinite(torch.stack(sums)).all())
         if skip or not self._route.finite:
             return
-        lr = self.param_groups[0]["lr"]
+        settings = {key: self.param_groups[0][key] for key in ("lr", "betas", "eps", "weight_decay")}
         if self._inner is not None:
-            self._inner.param_groups[0]["lr"] = lr
+            self._inner.param_groups[0].update(settings)
             self._inner.step()
+        lr = settings.pop("lr")
+        self.owner.betas, self.owner.eps, self.owner.weight_decay = settings.values()
         shard = self._shards[self._route.rank]
         touched = np.array([self._tensors[t].grad is not None for t in shard.tensors], dtype=bool)
         if len(touched):
@@ -163,6 +169,20 @@ class ServerOptimizer(torch.optim.Optimizer):
         """The owner's state, and of each of its segments: the parameter's place in the model, start in it, elements."""
         return {**self.owner.state_dict(), "segments": torch.from_numpy(self._segments())}
 
+    def load_shard(self, state: dict[str, Tensor]) -> None:
+        """Goes on where `shard_state` was taken.
+
+        Raises:
+            ValueError: it is the shard of another rank, or of another model or number of ranks.
+        """
+        mine, saved = torch.from_numpy(self._segments()), state.get("segments")
+        if saved is not None and (saved.shape != mine.shape or bool((saved != mine).any())):
+            raise ValueError(
+                "comm.server: the saved shard is another rank's, or of another model or number of ranks; each rank "
+                "loads the state that it has saved"
+            )
+        self.owner.load_state_dict(state)
+
     def _segments(self) -> np.ndarray:
         shard = self._shards[self._route.rank]
         starts = shard.table[:, 0] - np.array(self._starts, dtype=np.int64)[shard.tensors]
@@ -193,5 +213,9 @@ class ServerOptimizer(torch.optim.Optimizer):
 
 
 def _parameters_of(route: ServerRoute) -> list[nn.Parameter]:
+    return [parameter for _, parameter in _named(route)]
+
+
+def _named(route: ServerRoute) -> list[tuple[str, nn.Parameter]]:
     assert isinstance(route._model, DistributedDataParallel)
-    return list(route._model.parameters())
+    return [(plain_name(name), parameter) for name, parameter in route._model.named_parameters()]

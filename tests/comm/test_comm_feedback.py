@@ -47,6 +47,15 @@ def test_residuals_follow_parameters_into_other_buckets() -> None:
     assert feedback.flat((1, 2), (3, 4), cpu).count_nonzero() == 0
 
 
+def test_what_was_loaded_is_forgotten_too_and_stays_in_the_state() -> None:
+    feedback, state = ErrorFeedback(), {"0": torch.ones(3), "1": torch.ones(2)}
+    feedback.load_state_dict(state)
+    feedback.flat((1,), (2,), torch.device("cpu"))
+    feedback.clear()
+    assert feedback.flat((0, 1), (3, 2), torch.device("cpu")).count_nonzero() == 0
+    assert all(bool((saved == 1).all()) for saved in state.values())
+
+
 def test_a_bucket_that_is_used_again_keeps_its_residuals() -> None:
     feedback = ErrorFeedback()
     cpu = torch.device("cpu")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tenko.comm import (
     AllReduce,
     Auto,
     CommConfig,
+    HalfAllReduce,
     ParameterServer,
     QuantizedAllReduce,
     ServerRoute,
@@ -102,6 +104,35 @@ def test_gradients_that_a_route_cannot_send_are_refused_at_once() -> None:
             with pytest.raises(ValueError, match=f"^model: {line}"):
                 register(model, route)
         register(model, AllReduce())
+
+
+@pytest.mark.parametrize("timeout", [None, timedelta(minutes=5), -1, 0, float("inf"), float("nan"), True])
+@pytest.mark.parametrize("make", [QuantizedAllReduce, ParameterServer, HalfAllReduce])
+def test_a_timeout_is_seconds(make: Any, timeout: Any) -> None:
+    with pytest.raises(ValueError, match=r"^timeout: must be seconds, finite and above 0, is "):
+        make(timeout=timeout)
+
+
+def test_settings_of_a_class_are_checked_as_those_of_a_recipe() -> None:
+    with pytest.raises(ValueError, match=r"^bits_down: 1 loses .* must be 2 to 8$"):
+        QuantizedAllReduce(bits_down=1)
+    with pytest.raises(ValueError, match=r"^bits: must be 1 to 8, is 3\.0$"):
+        QuantizedAllReduce(bits=3.0)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^dtype: must be torch\.float16 or torch\.bfloat16, is torch\.int8$"):
+        HalfAllReduce(torch.int8)
+
+
+@pytest.mark.usefixtures("alone")
+def test_the_state_of_another_route_or_model_is_refused_when_it_is_loaded() -> None:
+    route = register(DistributedDataParallel(torch.nn.Linear(3, 2)), QuantizedAllReduce())
+    state = route.state_dict()
+    for residuals in ({"0": torch.zeros(5)}, {"0": torch.zeros(1)}, {"2": torch.zeros(6)}):
+        with pytest.raises(ValueError, match=r"^comm\.feedback: the saved state is of another model: parameter "):
+            route.load_state_dict({**state, "feedback": residuals})
+    route.load_state_dict({**state, "feedback": {"0": torch.ones(2, 3), "1": torch.ones(2)}})
+    auto = register(DistributedDataParallel(torch.nn.Linear(3, 2)), Auto())
+    with pytest.raises(ValueError, match=r"^comm\.auto: candidates is missing in the saved state"):
+        auto.load_state_dict(state)
 
 
 @pytest.mark.usefixtures("alone")

@@ -155,4 +155,66 @@ def server_accumulates(_: Path) -> None:
     route.close()
 
 
-SCENARIOS = {f.__name__: f for f in (server, server_overflow, server_by_columns, server_accumulates)}
+def server_state_is_a_ranks_own(folder: Path) -> None:
+    """The shard of another rank is refused, whenever it is loaded, although it has the same shape."""
+    module = nn.Sequential(nn.Linear(128, 128, bias=False), nn.Linear(128, 128, bias=False)).to(DEVICE)
+    route = ParameterServer(weight_bits=4)
+    model = DistributedDataParallel(module)
+    register(model, route)
+    with pytest.raises(ValueError, match=r"^optimizer: must be given all parameters .*; 1\.weight is missing$"):
+        route.optimizer(module[0].named_parameters(), lr=1e-2)
+    optimizer = route.optimizer(model.named_parameters(), lr=1e-2)
+    model(torch.ones(4, 128, device=DEVICE)).square().sum().backward()
+    optimizer.step()
+    rank, others = dist.get_rank(), (dist.get_rank() + 1) % dist.get_world_size()
+    torch.save(route.state_dict(), folder / f"own-{rank}.pt")
+    dist.barrier()
+    states = [torch.load(folder / f"own-{number}.pt", weights_only=True) for number in (rank, others)]
+    assert states[0]["server"]["weights"].shape == states[1]["server"]["weights"].shape
+    with pytest.raises(ValueError, match=r"^comm\.server: the saved shard is another rank's"):
+        route.load_state_dict(states[1])
+    route.load_state_dict(states[0])
+    route.close()
+    late = ParameterServer(weight_bits=4)
+    model = DistributedDataParallel(module)
+    register(model, late)
+    late.load_state_dict(states[1])
+    with pytest.raises(ValueError, match=r"^comm\.server: the saved shard is another rank's"):
+        late.optimizer(model.named_parameters(), lr=1e-2)
+    late.close()
+
+
+def server_settings(_: Path) -> None:
+    """Settings of the optimizer's group count, as in every optimizer; what DDP ignores is no server's."""
+    weights = []
+    for decay, betas in ((0.0, (0.9, 0.999)), (50.0, (0.9, 0.999)), (0.0, (0.0, 0.5))):
+        route = ParameterServer(bits=8, weight_bits=32, clip=0)
+        model = wrapped(route)
+        optimizer = route.optimizer(model.named_parameters(), lr=1e-3, weight_decay=0.0)
+        for step in range(3):
+            optimizer.param_groups[0].update(weight_decay=decay, betas=betas)
+            optimizer.zero_grad()
+            loss_of(model, step).backward()
+            optimizer.step()
+        weights.append(flat(model).clone())
+        route.close()
+    plain, decayed, others = weights
+    assert decayed.norm() < 0.95 * plain.norm()
+    assert not torch.equal(others, plain)
+    module = nn.Linear(8, 8).to(DEVICE)
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, ["bias"])
+    with pytest.raises(ValueError, match=r"^model: DDP ignores bias, "):
+        register(DistributedDataParallel(module), ParameterServer())
+
+
+SCENARIOS = {
+    f.__name__: f
+    for f in (
+        server,
+        server_overflow,
+        server_by_columns,
+        server_accumulates,
+        server_state_is_a_ranks_own,
+        server_settings,
+    )
+}
