@@ -88,7 +88,7 @@ def one_line(error: BaseException) -> str:
         reason = error.strerror[:1].lower() + error.strerror[1:]
         names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
         return f"{' -> '.join(names)}: {reason}" if names else reason
-    text = " ".join(str(error).split())
+    text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
     return text or type(error).__name__
 
 

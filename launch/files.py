@@ -56,6 +56,8 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path}:{error.lineno}: damaged: {error.msg}") from None
     except UnicodeDecodeError:
         raise ValueError(f"{path}: damaged: not valid UTF-8") from None
+    except RecursionError:
+        raise ValueError(f"{path}: damaged: nested too deeply") from None
 
 
 def named(error: OSError, path: Path) -> OSError:

@@ -87,7 +87,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             continue
         try:
             entry = json.loads(line)
-            if not isinstance(entry, dict):
+            if not isinstance(entry, dict) or not isinstance(entry.get("update", 0), int):
                 raise ValueError
         except ValueError:  # JSON and UTF-8 errors are ValueErrors
             if number == len(lines):  # no newline after it: torn

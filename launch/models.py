@@ -11,7 +11,7 @@ from tenko.nmt.ctranslate2_engine import CARD
 from tenko.nmt.engines import user_cache
 
 from .recipe import Recipe
-from .rundir import ARTEFACT, CONFIG, RunDirectory
+from .rundir import ARTEFACT, CONFIG, FAIRSEQ, RunDirectory
 from .stage_kinds import PretrainedConfig
 
 _ARTEFACT = "model.safetensors"
@@ -62,6 +62,10 @@ def choose(model: str | None, run_dir: Path | None, stage: str | None, *, export
         return Chosen(folder=folder, recipe=None, stage=None, cache=None)
     if (folder / ARTEFACT).is_dir():  # a stage of a run, which has a config.yaml as well
         raise ValueError(f"{model}: is the folder of a stage; give its artefact, {folder / ARTEFACT}")
+    if (folder / FAIRSEQ).is_file():
+        raise ValueError(f"{model}: is a checkpoint for fairseq-generate; give the artefact that it was exported from")
+    if folder.is_file() and folder.name.startswith(_ARTEFACT):
+        raise ValueError(f"{model}: is a file; give its folder, {folder.parent}")
     if (folder / CONFIG).is_file():
         raise ValueError(f"{model}: is a run directory; give it as --run {model}")
     valid = ", ".join([*shipped, "the folder of an artefact or of a CTranslate2 model"])

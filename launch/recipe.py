@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -112,6 +113,15 @@ def load(path_or_name: str, overrides: tuple[str, ...] | list[str] = ()) -> Reci
     else:
         raise ValueError(f"{path_or_name}: no such recipe; give a YAML file or one of {', '.join(bundled())}")
     return loads(text, label, overrides)
+
+
+def refuse_repeats(overrides: Sequence[str]) -> None:
+    """Raises: ValueError: a key is set twice on one command line, as it would be an error in a file."""
+    first: dict[str, str] = {}
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if equals and first.setdefault(key, override) is not override:
+            raise ValueError(f"override {override}: {key}: set twice, first by {first[key]}")
 
 
 def loads(text: str, label: str, overrides: tuple[str, ...] | list[str] = ()) -> Recipe:

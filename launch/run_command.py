@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from .errors import BAD_INPUT, INTERNAL, Halted, NotBegun, RunFailed, Stopped, internal, is_users, one_line
 from .mpi_env import check_servers
 from .nodes import Nodes
-from .recipe import Recipe, load, to_dict
+from .recipe import Recipe, load, refuse_repeats, to_dict
 from .rundir import LOGS, REPORT, RunDirectory, RunLock, first_difference, is_shared
 from .spawn import (
     last_update,
@@ -57,6 +57,7 @@ def run(
         RunFailed: a worker failed; the message says from where the same command goes on.
         KeyboardInterrupt, Terminated: ended by a signal; workers are gone.
     """
+    refuse_repeats(overrides)
     recipe = load(recipe_path, overrides)
     directory = run_dir or Path("runs") / recipe.name
     world = World.detect()

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 CONFIG, CORPUS, LOCK, REPORT, LOGS = "config.yaml", "corpus.json", "lock", "report.html", "logs"
 RESULT, METRICS, ARTEFACT, CHECKPOINTS = "result.json", "metrics.jsonl", "artefact", "checkpoints"
+FAIRSEQ = "model.pt"
+"""What an export for fairseq leaves in the place of an artefact (nmt/export.py)."""
 FREE = ("threads", "hang_timeout", "profile", "workers")
 """Settings that may be others when a run goes on, wherever they stand in the recipe: they change none of its results.
 Other workers change the last bits (a training that has begun keeps its global batch), and are allowed all the same."""
@@ -104,6 +106,7 @@ class RunDirectory:
             ValueError: it is none, or its config.yaml is damaged.
         """
         config = path / CONFIG
+        _refuse_stage(path)
         if not config.is_file():
             what = f"has no {CONFIG}" if path.is_dir() else "is a file" if path.exists() else "does not exist"
             raise ValueError(f"{path}: {what}; give the run directory of a `tenko run`, for instance runs/demo")
@@ -141,6 +144,7 @@ class RunDirectory:
             ValueError: as `create`.
         """
         config = path / CONFIG
+        _refuse_stage(path)
         if not config.exists():
             return None
         try:
@@ -212,6 +216,9 @@ class RunDirectory:
         artefact = self.find_stage(name, exported=exported) / ARTEFACT
         if not artefact.is_dir():
             raise ValueError(f"{artefact}: missing; delete {artefact.parent / RESULT} and run again to rebuild it")
+        if name is not None and (artefact / FAIRSEQ).is_file():
+            others = [spec.name for spec in self.recipe.stages if getattr(spec.config, "format", "") != "fairseq"]
+            raise ValueError(f"--stage: {name} is a checkpoint for fairseq-generate; valid: {', '.join(others)}")
         return artefact
 
     def is_begun(self, index: int) -> bool:
@@ -332,7 +339,9 @@ def _difference(old: Any, new: Any, path: str) -> tuple[str, str, str] | None:
             if found:
                 return found
         return None
-    if path == "stages" and len(old) == len(new):
+    if path == "stages" and (was := _stage_names(old)) != (now := _stage_names(new)):
+        return path, was, now
+    if path == "stages":
         for index, (was, now) in enumerate(zip(old, new, strict=True)):
             found = _difference(was, now, f"stages[{index}]")
             if found:
@@ -340,6 +349,19 @@ def _difference(old: Any, new: Any, path: str) -> tuple[str, str, str] | None:
                 return key, found[1], found[2]
         return None
     return None if old == new else (path, str(old), str(new))
+
+
+def _stage_names(stages: list[dict[str, Any]]) -> str:
+    """`[train, quantize]`; a stage with a name of its own as `name (kind)`."""
+    kinds = [next(key for key in stage if key != "name") for stage in stages]
+    named = zip(kinds, (stage.get("name") for stage in stages), strict=True)
+    return f"[{', '.join(f'{name} ({kind})' if name else kind for kind, name in named)}]"
+
+
+def _refuse_stage(path: Path) -> None:
+    """Raises: ValueError: the path is a stage's folder within a run directory, and holds that stage's own settings."""
+    if re.fullmatch(r"\d+-.+", path.name) and (path / CONFIG).is_file() and (path.parent / CONFIG).is_file():
+        raise ValueError(f"{path}: is the folder of a stage; give the run directory, {path.parent}")
 
 
 def is_blank(path: Path) -> bool:
@@ -376,6 +398,7 @@ def _flaw(result: Any) -> str | None:
         return "samples is no list of objects"
     figures = {key: result.get(key) for key in _FIGURES}
     figures |= {f"wire.{key}": wire.get(key) for key in ("bytes_sent", "fp32_bytes")}
+    figures["sentences"] = result.get("sentences")
     wrong = [key for key, value in figures.items() if not isinstance(value, int | float | None)]
     return f"{wrong[0]} is no number" if wrong else None
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Callable, Iterable
@@ -82,7 +83,10 @@ def parse(text: str, place: Callable[[int], str]) -> Node:
         return _convert(root, loader, place, depth=0)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        raise ValueError(f"{place(mark.line + 1 if mark else 1)}: not valid YAML: {error.problem}") from None
+        problem = ", ".join(part for part in (error.context, error.problem) if part)
+        raise ValueError(f"{place(mark.line + 1 if mark else 1)}: not valid YAML: {problem}") from None
+    except RecursionError:
+        raise ValueError(f"{place(1)}: nested too deeply") from None
     finally:
         loader.dispose()
 
@@ -252,6 +256,8 @@ def _scalar(hint: Any, node: Node) -> Any:
         raise _Mismatch(_name(hint))
     if hint is bool and isinstance(value, bool):
         return value
+    if hint in (int, float) and re.fullmatch(r"[-+]?0[0-9_]+|[-+]?[0-9_]+:.*", text):  # YAML 1.1: base 8 and base 60
+        raise _Mismatch(f"{_name(hint)}, in decimals without leading zeros")
     if hint is int and isinstance(value, int) and not isinstance(value, bool):
         if abs(value) >= 2**63:  # what is counted is counted in 64 bits
             raise _Mismatch("a whole number of 64 bits")

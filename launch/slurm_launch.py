@@ -77,7 +77,17 @@ def launch(
         ValueError, OSError: the user's errors, in one line; nothing was submitted.
         RunFailed: with `wait`: a job failed.
     """
-    count = workers or request.gpus or recipes.load(recipe_path, list(overrides)).workers
+    recipes.refuse_repeats(overrides)
+    asked = recipes.load(recipe_path, list(overrides)).workers
+    count = workers or request.gpus or asked
+    settled = {
+        "workers": count != asked and f"{count} a node by the options",
+        "seed": request.seeds and "--seeds is given",
+    }
+    for override in overrides:
+        key = override.partition("=")[0]
+        if settled.get(key):
+            raise ValueError(f"override {override}: contradicts the command's options: {settled[key]}")
     given = [*overrides, f"workers={count}"]
     recipe = recipes.load(recipe_path, given)
     check_servers(recipe.comm, None)

@@ -53,17 +53,19 @@ class Training:
 
     def add(self, entry: dict[str, Any]) -> None:
         """Take in one line."""
-        update = entry.get("update")
+        update = entry.get("update", 0)
+        if not isinstance(update, int):  # not tenko's
+            return
         if entry.get("kind") == "valid":
             self.valid = entry
-            if isinstance(entry.get("bleu"), int | float) and isinstance(update, int):
+            if isinstance(entry.get("bleu"), int | float):
                 self.bleus.append((update, entry["bleu"]))
                 self._hold_best(update, entry["bleu"], entry.get("nll"))
             return
         self.last = entry
         if isinstance(entry.get("loss"), int | float):
             self.losses.append(entry["loss"])
-        if isinstance(update, int) and isinstance(entry.get("seconds"), int | float):
+        if isinstance(entry.get("seconds"), int | float):
             self.recent.append((update, entry["seconds"]))
 
     def _hold_best(self, update: int, bleu: float, nll: Any) -> None:
@@ -207,8 +209,11 @@ class Watcher:
         except ValueError as error:
             self._damage = self._damage or one_line(error)
             return {}
-        except OSError:
+        except FileNotFoundError:  # gone since it was looked for
             return None
+        except OSError as error:
+            self._damage = self._damage or one_line(error)
+            return {}
 
     def _training(self, index: int) -> Training | None:
         """The stage's newest training: rounds of a lottery and groups of ipq have folders of their own."""

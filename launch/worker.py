@@ -41,7 +41,7 @@ from .failures import write_error
 from .job import Job
 from .peers import PeersWatchdog
 from .progress import Reporter, ReporterHandler
-from .recipe import load
+from .recipe import load, refuse_repeats
 from .report import write_report_or_warn
 from .rundir import LOGS, RunDirectory, RunLock, StageContext
 from .spawn import PARENT, adopt_parent, end_with_parent, limit_threads, raise_on_signals
@@ -113,6 +113,7 @@ def _standalone(arguments: argparse.Namespace, runners: Runners | None) -> NoRet
             if arguments.recipe is None:
                 recipe = RunDirectory.read(arguments.run_dir).recipe
             else:
+                refuse_repeats(arguments.overrides)
                 recipe = load(arguments.recipe, arguments.overrides)
             run_dir = arguments.run_dir or Path("runs") / recipe.name
             if mpi_env.is_needed(world, recipe.comm):

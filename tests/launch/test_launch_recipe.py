@@ -98,6 +98,11 @@ def test_stages_of_one_kind_are_told_apart_by_name() -> None:
         ("max_update: 10", "max_update: 1.5", "r.yaml:7: train.max_update: must be a whole number, is 1.5"),
         ("max_update: 10", "max_update: true", "r.yaml:7: train.max_update: must be a whole number, is true"),
         ("max_update: 10", "lr: 1", "r.yaml:7: lr: set twice, first at r.yaml:6"),
+        ("lr: 5e-4", "lr: 0010", "r.yaml:6: train.lr: must be a number, in decimals without leading zeros, is 0010"),
+        ("max_update: 10", "max_update: 1:30", "r.yaml:7: train.max_update: must be a whole number, in decimals"),
+        ("max_update: 10", "max_update: -010", "r.yaml:7: train.max_update: must be a whole number, in decimals"),
+        ("vocab_size: 500", f"train: {'[' * 600}", "r.yaml:1: nested too deeply"),
+        ("name: x", "name: x\n---\nname: y", "r.yaml:2: not valid YAML: expected a single document in the stream, but"),
         ("max_update: 10", "adam_betas: [1]", "r.yaml:7: train.adam_betas: must be a list of 2, is a list of 1"),
         ("max_update: 10", "decode: {beam: 0}", "r.yaml:7: train.decode.beam: must be at least 1, is 0"),
         ("vocab_size: 500", "train: [a, b]", "r.yaml:3: data.train: must be text or a mapping, is a list of 2"),
@@ -157,6 +162,12 @@ def test_all_mistakes_are_counted() -> None:
 )
 def test_a_mistake_in_an_override_names_it(override: str, message: str) -> None:
     assert error_of(SMALL, override).startswith(message)
+
+
+def test_a_key_is_set_once_on_a_command_line() -> None:
+    recipe.refuse_repeats(["train.lr=1", "lr=1", "seed=2", "nonsense", "nonsense"])
+    with pytest.raises(ValueError, match=r"^override train\.lr=2: train\.lr: set twice, first by train\.lr=1$"):
+        recipe.refuse_repeats(["train.lr=1", "seed=2", "train.lr=2"])
 
 
 @pytest.mark.parametrize(

@@ -67,8 +67,42 @@ def test_threads_workers_and_appended_stages_may_change(tmp_path: Path) -> None:
         (path / "1-train" / METRICS).touch()
         longer = RunDirectory.create(path, loads(ONE + "  - quantize\n", "b", ["threads=7", "workers=3"]))
         assert RunDirectory.read(path).recipe == longer.recipe
-        with pytest.raises(ValueError, match="began with stages"):
+        with pytest.raises(ValueError, match=r"began with stages: \[train, quantize\], the recipe now says \[train\];"):
             RunDirectory.create(path, loads(ONE, "a"))
+        other = ONE + "  - export: {format: fairseq}\n    name: x\n"
+        with pytest.raises(ValueError, match=r"\[train, quantize\], the recipe now says \[train, x \(export\)\];"):
+            RunDirectory.create(path, loads(other, "a"))
+
+
+def test_a_stages_folder_is_no_run_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stage = make(tmp_path / "r").path / "1-train"
+    for command in (["run", "tiny", "--run-dir", str(stage)], ["report", str(stage)], ["watch", "--once", str(stage)]):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(command)
+        assert ended.value.code == 2
+        line = f"tenko: error: {stage}: is the folder of a stage; give the run directory, {stage.parent}\n"
+        assert capsys.readouterr().err == line
+
+
+def test_a_checkpoint_for_fairseq_is_no_artefact(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "r"
+    with RunLock(path):
+        run = RunDirectory.create(path, loads(ONE + "  - export: {format: fairseq}\n", "a"))
+    for stage in ("1-train", "2-export"):
+        (path / stage / "artefact").mkdir(parents=True)
+        write_json_atomic(path / stage / RESULT, {"bleu": 1.0})
+    (path / "2-export/artefact/model.pt").touch()
+    (path / "1-train/artefact/model.safetensors").touch()
+    with pytest.raises(ValueError, match=r"^--stage: export is a checkpoint for fairseq-generate; valid: train$"):
+        run.artefact("export")
+    assert run.artefact("train") == run.artefact(None) == path / "1-train/artefact"
+    for model, said in (
+        ("2-export/artefact", "is a checkpoint for fairseq-generate; give the artefact that it was exported from"),
+        ("1-train/artefact/model.safetensors", f"is a file; give its folder, {path / '1-train/artefact'}"),
+    ):
+        with pytest.raises(SystemExit):
+            cli.main(["translate", str(path / model)])
+        assert capsys.readouterr().err == f"tenko: error: {path / model}: {said}\n"
 
 
 def test_stages_are_found_by_name_and_the_valid_ones_named(tmp_path: Path) -> None:
@@ -94,6 +128,8 @@ def test_stages_are_found_by_name_and_the_valid_ones_named(tmp_path: Path) -> No
         ("garbage", "1: damaged: Expecting value"),
         ("", "1: damaged: Expecting value"),
         ('{"stage": "quantize", "bleu": "high"}', " damaged: bleu is no number"),
+        ('{"stage": "quantize", "sentences": "many"}', " damaged: sentences is no number"),
+        ("[" * 100_000, " damaged: nested too deeply"),
         ('{"stage": "quantize", "wire": 3}', " damaged: wire is no object"),
         ('{"stage": "quantize", "wire": {"bytes_sent": []}}', " damaged: wire.bytes_sent is no number"),
         ('{"stage": "quantize", "samples": ["x"]}', " damaged: samples is no list of objects"),
@@ -180,9 +216,10 @@ def test_metrics_lose_a_torn_line_and_what_a_resume_will_repeat(tmp_path: Path) 
 
 def test_damaged_metrics_name_the_line(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
-    path.write_text('{"update": 1}\nnonsense\n{"update": 2}\n')
-    with pytest.raises(ValueError, match=r"m\.jsonl:2: damaged"):
-        read_metrics(path)
+    for line in ("nonsense", '{"update": null}'):
+        path.write_text(f'{{"update": 1}}\n{line}\n{{"update": 2}}\n')
+        with pytest.raises(ValueError, match=r"m\.jsonl:2: damaged"):
+            read_metrics(path)
 
 
 def test_a_write_that_fails_half_way_leaves_the_old_file(tmp_path: Path) -> None:

@@ -172,6 +172,12 @@ def test_a_request_that_makes_no_sense_is_one_line(change: dict[str, object], li
         (["--run-dir", "run", "--seeds", "1,2"], "run-seed2: holds thesis.tex but no run; choose another --run-dir"),
         (["--run-dir", "thesis"], "thesis: is a file, a run directory is needed; choose another --run-dir"),
         (["--run-dir", "done"], r"done/1-train/result.json: damaged: not an object; delete it and run again"),
+        (["seed=3", "--seeds", "1,2"], "override seed=3: contradicts the command's options: --seeds is given"),
+        (
+            ["workers=3", "--workers-per-node", "2"],
+            "override workers=3: contradicts the command's options: 2 a node by the options",
+        ),
+        (["seed=3", "seed=4"], "override seed=4: seed: set twice, first by seed=3"),
         (["data.train=nope.tsv"], "data.train: no such file: nope.tsv; give .*"),
         (["data.test={en: thesis, cs: nope}"], "data.test: no such file: nope; give .*"),
         (["data.subwords=nope"], "data.subwords: no such file: nope"),

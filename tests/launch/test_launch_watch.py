@@ -251,7 +251,7 @@ def test_damaged_lines_of_metrics_do_not_end_the_watch(tmp_path: Path, small_tsv
         "scale": 128.0,
         "ppl": None,
     }
-    (stage / "metrics.jsonl").write_text(f'{json.dumps(good)}\n{{"kind": tr\n[1]\n')
+    (stage / "metrics.jsonl").write_text(f'{json.dumps(good)}\n{{"kind": tr\n[1]\n{{"update": null}}\n')
     view = Watcher(run.path).look()
     assert view.state == "not running"
     assert view.current.state == "stopped"
