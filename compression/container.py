@@ -74,7 +74,8 @@ def claimed(shape: Sequence[int]) -> int:
 
 
 def artefact_file(path: Path) -> Path:
-    """The model file of an artefact: the path if its name ends in `.safetensors` or `.safetensors.zst`, else its folder's.
+    """The model file of an artefact: the path itself if it is named `.safetensors` or `.safetensors.zst`, else the
+    folder's one.
 
     Raises:
         ValueError: there is none, or a folder holds both `model.safetensors` and `model.safetensors.zst`.

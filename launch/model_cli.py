@@ -48,7 +48,7 @@ Beam = Annotated[
 LengthPenalty = Annotated[
     float | None,
     typer.Option(
-        help="Exponent of the length that scores are divided by; above 1 favours long translations.",
+        help="Exponent of the length that scores are divided by, -50 to 50; above 1 favours long translations.",
         show_default="the recipe's",
     ),
 ]

@@ -32,9 +32,10 @@ _NOT_LATIN = re.compile("[^A-Za-zªºÀ-ÖØ-öø-ɏʰ-˿Ḁ-ỿﬀ-ﬆ]+")
 
 def normalise(text: str) -> str:
     """Unicode NFC, no invisible characters, every run of white space one space, none at the ends."""
-    if not text.isascii():
+    text = _INVISIBLE.sub("", text)
+    if not text.isascii():  # only now: what is composed may have stood apart by something invisible
         text = unicodedata.normalize("NFC", text)
-    return " ".join(_INVISIBLE.sub("", text).split())
+    return " ".join(text.split())
 
 
 def sentence_key(text: str) -> str:

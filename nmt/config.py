@@ -164,19 +164,24 @@ def _hold_options(extra: Mapping[str, Any]) -> None:
         require(good, key, f"must be a whole number from 2 to {MAX_POSITIONS}, is {value!r}")
 
 
+MAX_LENGTH_PENALTY = 50.0
+"""Of either sign. From 62 on `MAX_POSITIONS`, the longest length, to that power is no double: fairseq overflows."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DecodeConfig:
     beam: int = 4
     """Hypotheses kept by beam search; 1 is greedy."""
     length_penalty: float = 1.0
-    """Exponent of the length that scores are divided by; above 1 favours long translations."""
+    """Exponent of the length that scores are divided by, -50 to 50; above 1 favours long translations."""
     max_tokens: int = 4000
     """Source tokens a batch while decoding."""
 
     def __post_init__(self) -> None:
         require(self.beam >= 1, "beam", f"must be at least 1, is {self.beam}")
-        finite = math.isfinite(self.length_penalty)
-        require(finite, "length_penalty", f"must be a finite number, is {self.length_penalty}")
+        penalty, limit = self.length_penalty, MAX_LENGTH_PENALTY
+        require(math.isfinite(penalty), "length_penalty", f"must be a finite number, is {penalty}")
+        require(abs(penalty) <= limit, "length_penalty", f"must be from {-limit:g} to {limit:g}, is {penalty}")
         require(self.max_tokens >= 1, "max_tokens", f"must be at least 1, is {self.max_tokens}")
 
 

@@ -41,8 +41,11 @@ class Corpus:
         try:
             manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
             files = manifest["files"]
-        except (OSError, ValueError, KeyError, TypeError):
-            raise DamagedCorpus(f"{path}: not a prepared corpus, no readable {MANIFEST}") from None
+            sizes = [*files.values(), *(manifest["splits"][split]["pairs"] for split in SPLITS)]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            sizes = [None]  # whatever it holds instead, thousands of brackets for instance
+        if not all(type(size) is int for size in sizes):
+            raise DamagedCorpus(f"{path}: not a prepared corpus, no readable {MANIFEST}")
         if manifest.get("format") != FORMAT:
             raise DamagedCorpus(f"{path}: format {manifest.get('format')}, this version reads {FORMAT}")
         for name, size in files.items():

@@ -67,7 +67,7 @@ class Saver:
         """Copy, and go on; waits for the save before.
 
         Args:
-            contents: written one after the other; the weights of all are the same.
+            contents: written one after the other; weights, and state of the same keys, are the same in all.
             then: called on rank 0 when they are written, in the thread.
 
         Raises:
@@ -81,10 +81,10 @@ class Saver:
                 target=content.target,
                 # Rank 0 writes what all share: nobody else needs a copy of it.
                 model_state=self._copy(dict(content.model_state), ("weights",), fresh) if self.rank == 0 else {},
-                state=self._copy(content.state, (number, "state"), fresh) if self.rank == 0 else {},
-                rank_state=self._copy(content.rank_state, (number, "rank"), fresh),
+                state=self._copy(content.state, ("state",), fresh) if self.rank == 0 else {},
+                rank_state=self._copy(content.rank_state, ("rank",), fresh),
             )
-            for number, content in enumerate(contents)
+            for content in contents
         ]
         copied = None
         if any(buffer.is_pinned() for buffer in self._buffers.values()):
@@ -133,6 +133,7 @@ class Saver:
             return value
         buffer, on_gpu = self._buffers.get(place), value.device.type == "cuda"
         if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
+            assert place not in fresh, f"{place} differs among the contents of one save"
             buffer = torch.empty(value.shape, dtype=value.dtype, pin_memory=on_gpu)
             self._buffers[place] = buffer
         if place not in fresh:

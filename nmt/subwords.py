@@ -40,6 +40,10 @@ TRAINING: dict[str, Any] = {
     "num_threads": 1,
 }
 """Options of sentencepiece's trainer; part of a corpus's content hash."""
+_RESERVED = "\u2585"
+"""▅, sentencepiece's own sign of an unknown character: it skips sentences that hold one, and takes none as required."""
+_LONG, _LONGEST = 4192, 1 << 30
+"""Bytes of the longest sentence that sentencepiece takes by itself, and of the longest that it can be told to take."""
 
 
 class Subwords:
@@ -119,34 +123,52 @@ class Subwords:
 def train_subwords(sentences: Callable[[], Iterator[str]], path: Path, *, vocab_size: int) -> Subwords:
     """Train a BPE model of exactly `vocab_size` entries, special symbols included, and write it to `path`.
 
-    Deterministic: the same sentences in the same order give the same bytes.
+    Deterministic: the same sentences in the same order give the same bytes. `▅` counts as a space: no subword has it.
 
     Args: sentences: starts an iteration over normalised sentences; called twice, so that none needs to be kept.
 
-    Raises: ValueError naming data.vocab_size when the text is too small for so many subwords, or has more characters.
+    Raises: ValueError naming data.vocab_size when the text is too small for so many subwords, or has more characters;
+    naming data.train when there is no text.
     """
+
+    def usable() -> Iterator[str]:
+        return (sentence.replace(_RESERVED, " ") for sentence in sentences())
+
     counts: Counter[str] = Counter()
-    for sentence in sentences():
+    longest = 0
+    for sentence in usable():
         counts.update(sentence)
+        longest = max(longest, len(sentence.encode()))
     required = {character for character, _ in counts.most_common(vocab_size // 8)} | (_ALPHABET & counts.keys())
+    # Only where it matters: the model's file records it, and those of other corpora are to stay what they are.
+    length: dict[str, Any] = {"max_sentence_length": _LONGEST} if longest > _LONG else {}
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=sentences(),
+            sentence_iterator=usable(),
             model_writer=model,
             vocab_size=vocab_size,
             required_chars="".join(sorted(required - {" ", "▁"})),
             **TRAINING,
+            **length,
             minloglevel=2,
         )
     except RuntimeError as error:
-        message = str(error)
-        if found := re.search(r"too high.*?<= (\d+)", message):
-            what = f"{vocab_size} is too many for this corpus; the largest possible is {found[1]}"
-        elif found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
-            what = f"{vocab_size} is too few for the characters of this corpus; at least {int(found[1]) + 1}"
-        else:
+        what = _explained(str(error), vocab_size)
+        if what is None:
             raise
-        raise ValueError(f"data.vocab_size: {what}") from None
+        raise ValueError(what) from None
     path.write_bytes(model.getvalue())
     return Subwords(path)
+
+
+def _explained(message: str, vocab_size: int) -> str | None:
+    """What sentencepiece's error says about the settings; None for an error of its own."""
+    if found := re.search(r"too high.*?<= (\d+)", message):
+        return f"data.vocab_size: {vocab_size} is too many for this corpus; the largest possible is {found[1]}"
+    if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
+        fewest = int(found[1]) + 1
+        return f"data.vocab_size: {vocab_size} is too few for the characters of this corpus; at least {fewest}"
+    if re.search(r"!sentences_\.empty\(\)|\(all_chars_count\) > \(0\)", message):
+        return "data.train: has no text to train subwords on"
+    return None

@@ -1,7 +1,7 @@
 """Streaming readers of parallel text: one TSV, or two aligned plain files; plain, .gz, .xz or .zst; strict UTF-8.
 
-No file is ever held as a whole, and everything wrong with one is a `ValueError` of one line that names file and line.
-A file whose ending is none of the three is read as plain text.
+No file is ever held as a whole, only a line of it; everything wrong with one is a `ValueError` of one line that names
+file and line. A file whose ending is none of the three is read as plain text.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import zstandard
 
 BLOCK = 1 << 20
 """Bytes read at a time."""
+ZSTD_SLICE = 256
+"""Bytes of a .zst file unpacked at a time, to one piece: of 8 MiB at most, since 4 bytes can stand for 128 KiB."""
 EMBEDDED = Path(__file__).parent / "embedded" / "corpus.tsv.xz"
 """The corpus that ships with tenko."""
 
@@ -63,10 +65,11 @@ def _zstd_blocks(path: Path) -> Iterator[bytes]:
     # zstandard's stream_reader takes a truncated frame for a finished one; the object interface tells them apart.
     decompress = None
     with path.open("rb") as file:
-        while block := file.read(BLOCK >> 3):
+        while block := file.read(ZSTD_SLICE):
             while block:
                 decompress = decompress or zstandard.ZstdDecompressor().decompressobj()
-                yield decompress.decompress(block)
+                if unpacked := decompress.decompress(block):
+                    yield unpacked
                 block = decompress.unused_data if decompress.eof else b""
                 decompress = None if decompress.eof else decompress
     if decompress is not None:
@@ -88,14 +91,19 @@ def read_lines(path: Path) -> Iterator[str]:
 
     Raises: ValueError for invalid UTF-8 (file and line) and for a damaged compressed file.
     """
-    number, tail = 0, b""
+    number = 0
+    begun: list[bytes] = []  # blocks of a line that goes on; joined once, since a line may be long
     try:
         for block in _blocks(path):
-            *lines, tail = (tail + block).split(b"\n")
-            for line in lines:
-                number += 1
-                yield line.removesuffix(b"\r").decode("utf-8")
-        if tail:
+            end, *others = block.split(b"\n")
+            begun.append(end)
+            if others:
+                *whole, begin = others
+                for line in (b"".join(begun), *whole):
+                    number += 1
+                    yield line.removesuffix(b"\r").decode("utf-8")
+                begun = [begin]
+        if tail := b"".join(begun):
             number += 1
             yield tail.removesuffix(b"\r").decode("utf-8")
     except UnicodeDecodeError as error:

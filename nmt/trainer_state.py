@@ -176,14 +176,14 @@ def load_weights(parameters: dict[str, nn.Parameter], weights: dict[str, Tensor]
 
 
 def final_weights(
-    checkpoints: Path, config: TrainConfig, last: int, techniques: Sequence[Technique] = (), *, best: int = 0
+    checkpoints: Path, config: TrainConfig, last: int, techniques: Sequence[Technique] = (), *, best: int
 ) -> tuple[dict[str, Tensor], str]:
     """The weights that a finished training comes to, and in words which; techniques go back to where these were.
 
     They are the average of the last checkpoints, or those of the best validation, as `config` says. Checkpoints that
     were made on notice, or kept for a rewind, do not count: a run that was stopped and went on ends as one that was
-    not, and a ticket as the dense model. Where the best are lost, the checkpoint of their update stands in for them, or
-    else the newest one. Called on every rank, rank 0 looks.
+    not, and a ticket as the dense model. Where the best are lost, or those in the folder are another update's, the
+    checkpoint of their update stands in for them, or else the newest one. Called on every rank, rank 0 looks.
 
     Args:
         checkpoints: their folder.
@@ -198,7 +198,7 @@ def final_weights(
     regular = [u for u in checkpoint.list_updates(checkpoints) if config.is_regular(u) or u == last]
     if config.average_last == 1:
         candidates = [checkpoint.path_of(checkpoints, update) for update in (best, *reversed(regular))]
-        found = _first_whole(checkpoints / "best", candidates) if distributed.rank() == 0 else None
+        found = _first_whole(checkpoints / "best", best, candidates) if distributed.rank() == 0 else None
         name, damage = distributed.from_rank0(found)
         if name is None:
             raise ValueError(f"{damage}; no checkpoint is whole; delete {checkpoints} to begin this training anew")
@@ -219,8 +219,14 @@ def final_weights(
     return checkpoint.average(folders), f"average of the checkpoints of updates {', '.join(map(str, updates))}"
 
 
-def _first_whole(wanted: Path, others: Sequence[Path]) -> tuple[str | None, str | None]:
-    """The name of the first checkpoint that is whole, None if none is; and what is wrong with the wanted one."""
+def _first_whole(wanted: Path, update: int, others: Sequence[Path]) -> tuple[str | None, str | None]:
+    """The name of the first checkpoint that is whole, None if none is; and what is wrong with the wanted one, which is
+    to be of this update."""
     damage = checkpoint.damage_of(wanted)
-    found = (folder.name for folder in (wanted, *others) if checkpoint.damage_of(folder) is None)
-    return next(found, None), damage
+    if damage is None:
+        found = checkpoint.load(wanted, check=False)[1]["update"]
+        if found == update:
+            return wanted.name, None
+        # A run that was cut left it, and the one that went on did not make its updates again to the last bit.
+        damage = f"{wanted}: is of update {found}, the best of this training is update {update}"
+    return next((folder.name for folder in others if checkpoint.damage_of(folder) is None), None), damage

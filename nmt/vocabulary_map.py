@@ -8,6 +8,7 @@ maximization over all pairs of subwords that stand in one sentence pair; the fir
 from __future__ import annotations
 
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,7 +48,7 @@ class VocabularyMap:
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 loaded = cls(arrays["candidates"], arrays["always"])
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        except (OSError, EOFError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
             raise ValueError(f"{path}: damaged or no vocabulary map ({error})") from None
         for name, array, dimensions in (("candidates", loaded.candidates, 2), ("always", loaded.always, 1)):
             whole = array.dtype == np.int32 and array.ndim == dimensions

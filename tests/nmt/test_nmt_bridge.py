@@ -14,7 +14,7 @@ import torch
 from toy_training import toy_config, toy_model
 
 from tenko.nmt import fairseq_bridge
-from tenko.nmt.config import DecodeConfig, ModelConfig
+from tenko.nmt.config import MAX_LENGTH_PENALTY, MAX_POSITIONS, DecodeConfig, ModelConfig
 from tenko.nmt.corpus import Corpus
 from tenko.nmt.fairseq_bridge import EOS, PAD, Beam, ModelWithLoss, build_model, collate, load_dictionary, model_args
 
@@ -151,6 +151,18 @@ def test_the_scorer_agrees_with_the_decoder(small_corpus: Corpus) -> None:
             scores.add(round(float(hypothesis["score"]), 4))
         assert [h["score"] for h in hypotheses] == sorted((h["score"] for h in hypotheses), reverse=True)
     assert len(scores) > 8
+
+
+def test_a_length_penalty_goes_as_far_as_fairseq_can_reckon(small_corpus: Corpus) -> None:
+    assert np.isfinite(float(MAX_POSITIONS) ** MAX_LENGTH_PENALTY)
+    model = toy_model(small_corpus).eval()
+    sample = collate([(0, np.array([5, 6, EOS]), None)])
+    for penalty in (-MAX_LENGTH_PENALTY, MAX_LENGTH_PENALTY):
+        decode = DecodeConfig(beam=2, length_penalty=penalty)
+        assert [index for index, _ in Beam(model, small_corpus.dict_path, decode).generate(sample)] == [0]
+    for penalty in (1100.0, -1100.0, 50.5):
+        with pytest.raises(ValueError, match=rf"\Alength_penalty: must be from -50 to 50, is {penalty}\Z"):
+            DecodeConfig(length_penalty=penalty)
 
 
 def test_scores_that_are_no_numbers_are_said_to_be(small_corpus: Corpus) -> None:

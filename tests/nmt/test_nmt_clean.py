@@ -1,5 +1,6 @@
 """What a pair is dropped for, and which sentences count as the same."""
 
+import random
 import unicodedata
 
 import pytest
@@ -41,6 +42,24 @@ def test_normal_form_is_nfc_with_single_spaces_and_nothing_invisible() -> None:
     assert normalise(f"\ufeff  {decomposed}\u00a0\t kůň\u200b\u00ad\x00 ") == "Příliš žluťoučký kůň"
     assert normalise("½ … „ano“") == "½ … „ano“"
     assert normalise(" \u200b ") == ""
+
+
+def test_what_something_invisible_kept_apart_is_composed() -> None:
+    assert normalise("cafe\u200b\u0301") == "café"
+    assert (
+        normalise("e\u00ad\u030c\u200d\u0323")
+        == normalise("e\u0323\u030c")
+        == unicodedata.normalize("NFC", "e\u0323\u030c")
+    )
+
+
+def test_the_normal_form_of_a_normal_form_is_itself() -> None:
+    chance = random.Random(1)
+    pieces = "ae ñ\u0301\u030c\u0323\u200b\u00ad\u2060\x00\x85\u2000\u212b\u1100\u1161\u11a8\ufeff"
+    for _ in range(5000):
+        text = "".join(chance.choices(pieces, k=6))
+        once = normalise(text)
+        assert normalise(once) == once == unicodedata.normalize("NFC", once), ascii(text)
 
 
 @pytest.mark.parametrize("separator", ["\n", "\r", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\x1f", "\x85", "\u2028"])

@@ -201,9 +201,28 @@ def test_a_map_survives_its_file_and_refuses_others(tmp_path: Path) -> None:
     for vocabulary in (1, 3):
         with pytest.raises(ValueError, match=f"{FILE}: .*"):
             VocabularyMap.load(tmp_path / FILE, vocabulary)
-    (tmp_path / FILE).write_bytes(b"nonsense")
-    with pytest.raises(ValueError, match=f"{FILE}: damaged"):
-        VocabularyMap.load(tmp_path / FILE, 2)
+    for content in (b"nonsense", b""):
+        (tmp_path / FILE).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{FILE}: damaged"):
+            VocabularyMap.load(tmp_path / FILE, 2)
+
+
+def test_a_map_damaged_anywhere_is_said_to_be_or_is_one_still(tmp_path: Path) -> None:
+    chance = np.random.default_rng(1)
+    mapped = VocabularyMap(chance.integers(-1, 50, (50, 6), np.int32), np.arange(20, dtype=np.int32))
+    mapped.save(tmp_path / FILE)
+    whole = (tmp_path / FILE).read_bytes()
+    errors: list[str] = []
+    for place, byte in enumerate(whole):
+        before, after = whole[:place], whole[place + 1 :]
+        for content in (before, *(before + bytes([byte ^ mask]) + after for mask in (0x01, 0x08, 0x10, 0xFF))):
+            (tmp_path / FILE).write_bytes(content)
+            try:
+                VocabularyMap.load(tmp_path / FILE, 50)
+            except ValueError as error:
+                errors.append(str(error))
+    assert len(errors) > 4 * len(whole)
+    assert [error for error in errors if not error.startswith(f"{tmp_path / FILE}: ") or "\n" in error] == []
 
 
 def test_padding_is_never_said(plain: Path, tmp_path: Path) -> None:

@@ -219,6 +219,32 @@ def test_a_damaged_corpus_is_noticed_and_made_again(corpus_file: str, tmp_path: 
     assert victim.name in lines[0]
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"[]",
+        b'{"files":null,"format":1}',
+        b'{"files":["a"],"format":1}',
+        b'{"files":{"spm.model":null},"format":1}',
+        b'{"files":{},"format":1}',
+        b'{"files":{},"format":1,"splits":{"train":{"pairs":"many"}}}',
+        b"[" * 5000,
+    ],
+)
+def test_a_corpus_whose_manifest_is_another_thing_is_made_again(
+    corpus_file: str, tmp_path: Path, content: bytes
+) -> None:
+    first = prepare(config(tmp_path, corpus_file), report=quiet)
+    before = files_of(first)
+    (first.path / "manifest.json").write_bytes(content)
+    with pytest.raises(DamagedCorpus, match=rf"\A{first.path}: not a prepared corpus, no readable manifest\.json\Z"):
+        Corpus.open(first.path)
+    lines: list[str] = []
+    assert files_of(prepare(config(tmp_path, corpus_file), report=lines.append)) == before
+    assert "warning" in lines[0]
+
+
 @pytest.mark.parametrize("moment", ["train_subwords", "read_pairs", "ShardWriter"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
 def test_a_cut_build_leaves_nothing(

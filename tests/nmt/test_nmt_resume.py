@@ -162,8 +162,8 @@ def test_a_run_stopped_on_notice_ends_with_the_average_of_one_that_was_not(
     assert checkpoint.list_updates(tmp_path / "stopped") == [4, 6, 7], "the stop at 5 is gone, that at 7 is the newest"
     last, start, _ = finish(small_corpus, tmp_path / "stopped", **settings)
     assert start == 7
-    ours = final_weights(tmp_path / "stopped", last.config, last.updates)
-    theirs = final_weights(tmp_path / "whole", whole.config, whole.updates)
+    ours = final_weights(tmp_path / "stopped", last.config, last.updates, best=last.best.update)
+    theirs = final_weights(tmp_path / "whole", whole.config, whole.updates, best=whole.best.update)
     assert ours[1] == theirs[1] == "average of the checkpoints of updates 8, 9"
     assert differing(ours[0], theirs[0]) == []
     for folder in ("stopped", "whole"):
@@ -181,7 +181,7 @@ def test_the_average_leaves_out_what_was_saved_on_notice_even_if_it_is_still_the
         trainer.update()
         trainer.save()
     shutil.copytree(checkpoint.path_of(tmp_path, 2), tmp_path / "update-00000003", dirs_exist_ok=True)
-    weights, which = final_weights(tmp_path, trainer.config, 4)
+    weights, which = final_weights(tmp_path, trainer.config, 4, best=0)
     assert which == "average of the checkpoints of updates 2, 4"
     mean = checkpoint.average([checkpoint.path_of(tmp_path, update) for update in (2, 4)])
     assert differing(weights, mean) == []
@@ -215,7 +215,7 @@ def test_the_best_weights_are_read_by_the_codebooks_or_moments_of_their_own_upda
         return bleus()
 
     trainer.run(validate=validate)
-    weights, which = final_weights(tmp_path, trainer.config, trainer.updates, [technique])
+    weights, which = final_weights(tmp_path, trainer.config, trainer.updates, [technique], best=trainer.best.update)
     assert which == "best validation BLEU 9.00 at update 4"
     load_weights(trainer.parameters, weights, tmp_path)
     technique.bake(model)
@@ -251,15 +251,41 @@ def test_where_the_best_weights_are_lost_their_update_or_the_newest_stands_in(
         final()
 
 
+@pytest.mark.parametrize(("keep_last", "stand_in"), [(1, "weights of update 6"), (3, "weights of the best update 2")])
+def test_the_best_weights_of_a_path_that_was_left_are_not_those_of_the_training(
+    small_corpus: Corpus, tmp_path: Path, caplog: pytest.LogCaptureFixture, keep_last: int, stand_in: str
+) -> None:
+    settings = {"max_update": 6, "valid_interval": 1, "save_interval": 2, "keep_last": keep_last}
+
+    def cut(update: int) -> None:
+        if update == 4:
+            raise Cut
+
+    first = toy_trainer(small_corpus, tmp_path, **settings)
+    with pytest.raises(Cut):
+        first.run(validate=validations(1.0, 5.0, 9.0), on_update=cut)
+    assert checkpoint.load(tmp_path / "best")[1]["update"] == 3
+    # It goes on from update 2, and update 3 comes out a little different, as with other workers.
+    again = toy_trainer(small_corpus, tmp_path, **settings)
+    assert again.resume()
+    again.run(validate=validations(4.0, 4.0, 4.0, 4.0))
+    assert (again.updates, again.best.update) == (6, 2)
+    weights, which = final_weights(tmp_path, again.config, again.updates, best=again.best.update)
+    assert which == stand_in
+    said = f"{tmp_path / 'best'}: is of update 3, the best of this training is update 2; takes the {stand_in}"
+    assert caplog.messages == [said]
+    assert differing(weights, checkpoint.load(checkpoint.path_of(tmp_path, int(stand_in[-1])))[0]) == []
+
+
 def test_the_average_leaves_out_what_is_kept_for_a_rewind(small_corpus: Corpus, tmp_path: Path) -> None:
     settings = {"save_interval": 2, "keep_last": 2, "average_last": 2, "keep_updates": (0, 3), "max_update": 4}
     trainer = toy_trainer(small_corpus, tmp_path, **settings)
     trainer.run(validate=validations(1.0))
     assert checkpoint.list_updates(tmp_path) == [0, 2, 3, 4]
-    assert final_weights(tmp_path, trainer.config, 4)[1] == "average of the checkpoints of updates 2, 4"
+    assert final_weights(tmp_path, trainer.config, 4, best=4)[1] == "average of the checkpoints of updates 2, 4"
     short = toy_trainer(small_corpus, tmp_path / "short", **{**settings, "save_interval": 4})
     short.run(validate=validations(1.0))
-    assert final_weights(tmp_path / "short", short.config, 4)[1] == "average of the checkpoints of updates 4"
+    assert final_weights(tmp_path / "short", short.config, 4, best=4)[1] == "average of the checkpoints of updates 4"
 
 
 def test_a_checkpoint_of_another_model_is_refused(small_corpus: Corpus, tmp_path: Path) -> None:

@@ -150,6 +150,29 @@ def test_rank_0_waits_for_the_parts_of_all_and_takes_none_of_a_run_that_was_kill
     assert checkpoint.list_updates(tmp_path) == [1]
 
 
+def test_a_save_with_the_best_takes_no_memory_beyond_that_of_one_without(tmp_path: Path) -> None:
+    weights, moment = {"a": torch.ones(5)}, torch.zeros(7)
+    saves = Saver(tmp_path)
+
+    def update(number: int) -> Content:
+        state = {"optimizer": {0: {"exp_avg": moment}}, "techniques": [{"moments": moment + number}]}
+        target = checkpoint.path_of(tmp_path, number)
+        return Content(target=target, model_state=weights, state=state, rank_state={"route": {"feedback": moment}})
+
+    def best(number: int) -> Content:
+        state = {"bleu": 1.0, "techniques": [{"moments": moment + number}]}
+        return Content(target=tmp_path / "best", model_state=weights, state=state)
+
+    sizes = []
+    for contents in ([update(1)], [best(2), update(2)], [update(3)], [best(4)], [best(5), update(5)]):
+        saves.save(contents)
+        saves.finish()
+        sizes.append(sum(buffer.numel() for buffer in saves._buffers.values()))
+    assert sizes == [5 + 3 * 7] * 5
+    for folder in (tmp_path / "best", checkpoint.path_of(tmp_path, 5)):
+        assert torch.equal(checkpoint.load(folder)[1]["techniques"][0]["moments"], moment + 5)
+
+
 def test_a_rank_beside_0_writes_its_own_state_and_copies_nothing_else(tmp_path: Path) -> None:
     saves = Saver(tmp_path)
     saves.rank, saves.world = 1, 2

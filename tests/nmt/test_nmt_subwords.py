@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from sentencepiece import sentencepiece_model_pb2
 
-from tenko.nmt.subwords import SPECIALS, Subwords, train_subwords
+from tenko.nmt.subwords import SPECIALS, UNK, Subwords, train_subwords
 from tenko.nmt.text_io import EMBEDDED, read_pairs
 
 PAIRS = [pair for pair, _ in zip(read_pairs({"tsv": EMBEDDED}), range(3000), strict=False)]
@@ -97,6 +98,38 @@ def test_too_small_a_vocabulary_names_the_smallest(tmp_path: Path) -> None:
         train_subwords(over(SENTENCES), tmp_path / "spm.model", vocab_size=70)
     smallest = int(re.findall(r"\d+", str(error.value))[-1])
     assert len(train_subwords(over(SENTENCES), tmp_path / "spm.model", vocab_size=smallest)) == smallest
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_character_that_sentencepiece_reserves_counts_as_a_space(
+    subwords: Subwords, tmp_path: Path, every: int
+) -> None:
+    marked = [sentence + " ▅" * (i % every == 0) for i, sentence in enumerate(SENTENCES)]
+    again = train_subwords(over([*marked, "▅", "▅ ▅"]), tmp_path / "spm.model", vocab_size=1000)
+    assert again.pieces() == subwords.pieces()
+    assert UNK in again.encode("▅")
+
+
+def test_lines_beyond_sentencepieces_limit_are_learned_from_and_change_no_other_model(
+    subwords: Subwords, tmp_path: Path
+) -> None:
+    word = "kvrzl"
+    long = [f"{word} " * 1000, " ".join(SENTENCES[:200])]
+    assert min(len(line.encode()) for line in long) > 4192
+    pieces = train_subwords(over(long), tmp_path / "long.model", vocab_size=300).pieces()
+    assert f"▁{word}" in pieces
+
+    def limit(path: Path) -> int:
+        return sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes()).trainer_spec.max_sentence_length
+
+    assert limit(tmp_path / "long.model") > 4192
+    assert limit(subwords.path) == 4192, "the file records it"
+
+
+@pytest.mark.parametrize("sentences", [[], ["▅", "▅ ▅"]])
+def test_no_text_is_said_to_be_none(tmp_path: Path, sentences: list[str]) -> None:
+    with pytest.raises(ValueError, match=r"^data\.train: has no text to train subwords on$"):
+        train_subwords(over(sentences), tmp_path / "spm.model", vocab_size=300)
 
 
 def test_a_file_that_is_no_model_is_named(tmp_path: Path) -> None:

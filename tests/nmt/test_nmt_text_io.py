@@ -2,11 +2,14 @@
 
 import gzip
 import lzma
+import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
 import zstandard
 
+from tenko.nmt import text_io
 from tenko.nmt.text_io import read_lines, read_pairs, sha256, source_files
 
 LINES = [f"Sentence number {i}, žluťoučký kůň ‚…‘." for i in range(20_000)]
@@ -47,6 +50,28 @@ def test_a_truncated_file_is_damaged(tmp_path: Path, ending: str) -> None:
 def test_plain_text_with_the_wrong_ending_is_damaged(tmp_path: Path, ending: str) -> None:
     with pytest.raises(ValueError, match="damaged"):
         list(read_lines(write(tmp_path / f"a{ending}", b"Hello.\n")))
+
+
+@pytest.mark.parametrize("ending", PACK)
+def test_a_small_file_of_much_text_is_not_unpacked_as_a_whole(tmp_path: Path, ending: str) -> None:
+    line = b"The file could not be opened. " * 400 + b"\n"
+    path = write(tmp_path / f"a{ending}", PACK[ending](line * (1 << 13)))
+    assert path.stat().st_size < len(line) << 5, "otherwise it proves nothing"
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in read_lines(path)) == 1 << 13
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < len(line) << 11, "a quarter of the text"
+
+
+def test_the_time_of_a_long_line_grows_with_its_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_io, "BLOCK", 1 << 6)  # as 1 MiB to a line of 16 GiB
+    path = write(tmp_path / "a.txt", b"a" * (1 << 20) + b"\nb\n" + b"c" * 1000)
+    started = time.process_time()
+    assert [len(line) for line in read_lines(path)] == [1 << 20, 1, 1000]
+    assert time.process_time() - started < 0.5, "each block joined to all before it: 16 GB copied"
 
 
 def test_unknown_ending_is_plain_text(tmp_path: Path) -> None:
