@@ -44,9 +44,8 @@ class ErrorFeedback:
         """Forget all residuals: after an overflow, whose update is skipped and whose loss scale changes."""
         for flat in self._flats.values():
             flat.zero_()
-        in_use = {
-            index for tensors in self._flats for index in tensors
-        }  # the others were loaded, and not asked for yet
+        in_use = {index for tensors in self._flats for index in tensors}
+        # What was loaded and not asked for yet is the caller's: left out, not zeroed.
         self._pieces = {index: piece for index, piece in self._pieces.items() if index in in_use}
 
     def clear_unless(self, finite: Tensor) -> None:
