@@ -12,6 +12,7 @@ from tenko.comm.feedback import ErrorFeedback
 from tenko.comm.lanes import Bucket, Context, QuantizedLane
 from tenko.comm.layout import single
 from tenko.comm.link import run
+from tenko.comm.rows import RowsLane
 
 
 def test_sent_and_residual_add_up_to_the_gradients() -> None:
@@ -119,3 +120,11 @@ def test_residuals_are_in_the_routes_state() -> None:
     other.load_state_dict(route.state_dict())
     assert other._feedback is not None
     assert other._feedback.flat((0,), (8,), torch.device("cpu")).tolist() == [2] * 8
+
+
+def test_a_matrix_without_elements_has_no_rows_to_send() -> None:
+    lane = RowsLane(Quantizer(bits=3), Quantizer(bits=3))
+    shapes = [torch.Size([0, 4]), torch.Size([3, 4])]
+    lane.bind(Context(Alone(), torch.device("cpu"), shapes, 1, WireMeter(), None))
+    (portion,) = lane.portions(Bucket((0, 1), (0, 12)), [0, 1])
+    assert (portion.tensors, portion.numel) == ([1], 12)
