@@ -197,7 +197,8 @@ def final_weights(
     """
     regular = [u for u in checkpoint.list_updates(checkpoints) if config.is_regular(u) or u == last]
     if config.average_last == 1:
-        candidates = [checkpoint.path_of(checkpoints, update) for update in (best, *reversed(regular))]
+        known = (best,) if best else ()  # 0: no validation had a figure; the initial weights may be there, for a rewind
+        candidates = [checkpoint.path_of(checkpoints, update) for update in (*known, *reversed(regular))]
         found = _first_whole(checkpoints / "best", best, candidates) if distributed.rank() == 0 else None
         name, damage = distributed.from_rank0(found)
         if name is None:

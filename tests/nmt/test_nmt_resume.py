@@ -187,6 +187,17 @@ def test_the_average_leaves_out_what_was_saved_on_notice_even_if_it_is_still_the
     assert differing(weights, mean) == []
 
 
+def test_where_no_validation_had_a_figure_the_newest_weights_are_taken_not_the_initial_ones(
+    small_corpus: Corpus, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"save_interval": 2, "keep_updates": (0,), "average_last": 1, "max_update": 4}
+    trainer = toy_trainer(small_corpus, tmp_path, **settings)
+    trainer.run(validate=lambda *_: Validation(float("nan"), float("nan"), "bleu"))
+    assert checkpoint.path_of(tmp_path, 0).is_dir()
+    assert trainer.best.update == 0
+    assert final_weights(tmp_path, trainer.config, 4, best=trainer.best.update)[1] == "weights of update 4"
+
+
 def codebooks() -> PqNoise:
     blocks = {"ffn": 4, "embedding": 4, "attention": 4}
     return PqNoise(
