@@ -54,7 +54,7 @@ def trained(device: str, kind: str, scheme: str) -> tuple[nn.Module, Technique, 
     if kind == "ipq":
         made.quantize_group("ffn")
     x = torch.randn(32, 64, generator=torch.Generator().manual_seed(2)).to(device)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     losses = []
     for update in range(3):
         made.before_update(update)

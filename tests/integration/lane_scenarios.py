@@ -262,7 +262,7 @@ class Heads(nn.Module):
 def feedback_waits(_: Path) -> None:
     """Error feedback of a weight that an update does not use is not spent on it: DDP drops what the exchange gives.
 
-    The mean over 40 uses is as close where there is an update without it between them, on both ranks or on one.
+    The mean over 40 uses is as close where there is an update without it between them.
     """
     rank = dist.get_rank()
     x = torch.randn(4000, generator=torch.Generator().manual_seed(rank)).to(DEVICE)
