@@ -28,7 +28,7 @@ from .recipe import Recipe
 from .rundir import LOGS, RunDirectory, RunLock, check_place
 from .slurm_query import ENDED, JobState, ask, check, job_state, submit
 from .slurm_script import EVALUATE, TRAIN, Request, evaluate_script, log_pattern, train_script
-from .stage_kinds import PretrainedConfig
+from .stage_kinds import PretrainedConfig, check_text
 
 FOLDER, JOBS, HISTORY = "slurm", "jobs.json", "history"
 POLL_SECONDS = (0.5, 10.0)
@@ -145,6 +145,11 @@ def _check_files(recipe: Recipe) -> None:
     for key, source in (("train", data.train), ("valid", data.valid), ("test", data.test)):
         if source is not None:
             source_files(source, f"data.{key}")
+    for spec in recipe.stages:
+        try:
+            check_text(spec.config)
+        except ValueError as error:
+            raise ValueError(f"{spec.name}.{error}") from None
     if data.subwords is not None and not Path(data.subwords).expanduser().is_file():
         raise ValueError(f"data.subwords: no such file: {data.subwords}")
 

@@ -20,7 +20,7 @@ from tenko.nmt.corpus import Corpus
 
 from .codebooks import check_bits
 from .rundir import ARTEFACT, RunDirectory, StageContext
-from .stage_kinds import ExportConfig, unfit_for_pruned
+from .stage_kinds import ExportConfig, check_text, unfit_for_pruned
 
 PRUNED = "pruned"
 """Metadata of an artefact: true where a lottery has pruned the model, whatever was done to it since."""
@@ -36,13 +36,15 @@ def check_stages(context: StageContext, model: nn.Module, model_config: ModelCon
         corpus: gives the vocabulary.
 
     Raises:
-        ValueError: a pattern matches no weight, a block divides no weight's columns, a lottery leaves nothing, a format
-            has no place for the model, or the model none for the longest sentence; names stage and key.
+        ValueError: a text to learn from is not there, a pattern matches no weight, a block divides no weight's columns,
+            a lottery leaves nothing, a format has no place for the model, or the model none for the longest sentence;
+            names stage and key.
     """
     _hold_lengths(context.recipe.direction, model_config, corpus)
     stages = context.recipe.stages
     for spec in stages[stages.index(context.stage) :]:
         try:
+            check_text(spec.config)
             _check(spec.config, model, model_config, corpus)
         except ValueError as error:
             raise ValueError(f"{spec.name}.{error}") from None

@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol
 
 from tenko.compression.config import IpqConfig, LotteryConfig, QuantizeConfig, QuantNoiseConfig
 from tenko.nmt.config import DistillConfig, TrainConfig, require
+from tenko.nmt.text_io import text_file
 
 NOT_INHERITED = ("keep_updates", "engine", "zero_stage", "profile", "distill")
 """Keys of `train` in a later stage that take their own default, not what the stage train says."""
@@ -120,9 +121,9 @@ def problem(kind: str, config: StageConfig, before: Sequence[Spec]) -> tuple[str
                     "must be 256 after quant_noise with p: 1 and bits, which has chosen how many there are",
                 )
     if isinstance(config, TrainConfig) and not before:
-        for key, off in (("weight", 0), ("sequences", False)):
+        for key, off in (("weight", 0), ("sequences", False), ("text", None)):
             if getattr(config.distill, key) != off:
-                must = f"must be {str(off).lower()} in the first stage"
+                must = f"must be {'null' if off is None else str(off).lower()} in the first stage"
                 return f"distill.{key}", f"{must}, which has no model before it to learn from"
     if isinstance(config, LotteryConfig):
         return _lottery_problem(config, before)
@@ -130,6 +131,14 @@ def problem(kind: str, config: StageConfig, before: Sequence[Spec]) -> tuple[str
     if own is not None and own.engine != "ddp":
         return "train.engine", f"must be ddp in stage {kind}, is {own.engine}"
     return None
+
+
+def check_text(config: StageConfig) -> None:
+    """Raise ValueError, which names the key, where the text that a stage learns from is no file."""
+    for prefix, owner in (("", config), ("train.", getattr(config, "train", None))):
+        distill = getattr(owner, "distill", None)
+        if distill is not None and distill.text is not None:
+            text_file(distill.text, f"{prefix}distill.text")
 
 
 def unfit_for_pruned(kind: str, config: StageConfig) -> tuple[str, str] | None:

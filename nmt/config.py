@@ -195,6 +195,9 @@ class DistillConfig:
     sequences: bool = False
     """Sequence-level distillation: train on the teacher's translations of the training sources, in the place of the
     references; with any `weight`."""
+    text: str | None = None
+    """A file of more sentences of the source language, one a line, plain, .gz, .xz or .zst: the teacher's translations
+    of them join the training split."""
 
     def __post_init__(self) -> None:
         require(0 <= self.weight <= 1, "weight", f"must be in [0, 1], is {self.weight}")

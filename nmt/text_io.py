@@ -48,6 +48,18 @@ def source_files(source: Source, key: str) -> dict[str, Path]:
     return files
 
 
+def text_file(name: str, key: str) -> Path:
+    """The file of a text, a sentence a line, that can be read more than once.
+
+    Raises: ValueError naming `key` when it is missing or is no file.
+    """
+    path = Path(name).expanduser()
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "is a pipe, which is read once" if path.exists() else "no such file"
+        raise ValueError(f"{key}: {path}: {what}; give a text file, a sentence a line (plain, .gz, .xz, .zst)")
+    return path
+
+
 def _choices(key: str) -> str:
     return "a TSV file" if key.startswith("--") else "`embedded`, a TSV file, or {en: FILE, cs: FILE}"
 

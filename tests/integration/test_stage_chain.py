@@ -141,6 +141,11 @@ def test_a_pruned_model_stays_pruned_when_another_recipe_goes_on_with_it(
             "train.lr=0.1",
             "quantize.pq.bits: must be 0, or at least 0.4",
         ),
+        (
+            [{"quant_noise": {"train": {"distill": {"text": "nowhere.en"}}}}],
+            "train.lr=0.1",
+            "quant_noise.train.distill.text: nowhere.en: no such file; give a text file",
+        ),
     ],
 )
 def test_what_only_the_model_can_tell_of_later_stages_is_told_before_any_training(
@@ -167,13 +172,20 @@ def test_stages_learn_from_the_translations_of_one_teacher(small_tsv: Path, tmp_
     """Two ranks; the model that ships finds its own translations more likely than the references."""
     small = {**TRAIN, "max_update": 1, "lr": 1e-6, "log_interval": 1, "dropout": 0}
     few: dict[str, Any] = {"include": ["*layers.0.fc1*"]}
-    teacher = {"weight": 0.5, "sequences": True}
-    noise, ipq = {"scheme": "pq", "p": 1, **few}, {**few, "together": True, "distill": teacher, "train": small}
+    teacher: dict[str, Any] = {"weight": 0.5, "sequences": True}
+    (tmp_path / "more.en").write_text("Open the file.\nSave the file.\n")
+    more = {**teacher, "text": str(tmp_path / "more.en")}
+    noise, ipq = {"scheme": "pq", "p": 1, **few}, {**few, "together": True, "distill": more, "train": small}
     taught = {**noise, "train": {**small, "distill": teacher}}
     done = run(tmp_path / "run", small_tsv, ["pretrained", {"quant_noise": taught}, {"ipq": ipq}])
     assert (done.code, done.errors) == (0, []), done
-    (folder,) = (tmp_path / "run" / "taught").iterdir()
-    assert f"ipq: {folder} has the teacher's translations" in done.out
+    folders = [path for path in (tmp_path / "run" / "taught").iterdir() if path.is_dir()]
+    said = {folder for folder in folders if f"ipq: {folder} has the teacher's translations" in done.out}
+    assert len(said) == 1
+    (more_of_it,) = set(folders) - said
+    with_text = (more_of_it / "train.tsv").read_text().splitlines()
+    assert with_text == [*(said.pop() / "train.tsv").read_text().splitlines(), *with_text[-2:]]
+    assert with_text[-2].startswith("Open the file.\tOtev"), with_text[-2:]
     run(tmp_path / "plain", small_tsv, ["pretrained", {"quant_noise": {**noise, "train": small}}], workers=1)
     assert not (tmp_path / "plain" / "taught").exists()
     first = [

@@ -302,6 +302,7 @@ def test_sentences_beyond_learned_positions_are_refused(settings: str, message: 
         ("[train: {lr_schedule: cosine}]", "train.lr_schedule: must be one of inverse_sqrt, linear, is cosine"),
         ("[train: {distill: {weight: 0.5}}]", "train.distill.weight: must be 0 in the first stage"),
         ("[train: {distill: {sequences: true}}]", "train.distill.sequences: must be false in the first stage"),
+        ("[train: {distill: {text: more.en}}]", "train.distill.text: must be null in the first stage"),
         (
             "[train, quant_noise: {train: {engine: deepspeed}}]",
             "quant_noise.train.engine: must be ddp in stage quant_noise",

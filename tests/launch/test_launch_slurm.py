@@ -213,7 +213,7 @@ def test_a_dry_run_refuses_what_a_run_would(
     assert sorted(Path().rglob("*")) == before
 
 
-def test_a_dry_run_refuses_a_model_that_is_not_there(
+def test_a_dry_run_refuses_a_model_or_a_text_that_is_not_there(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -223,6 +223,10 @@ def test_a_dry_run_refuses_a_model_that_is_not_there(
     assert (code, out, error) == (2, "", f"tenko: error: {line}\n")
     Path("nope").mkdir()  # what is in it the job will see
     assert dry_run(capsys, *given, recipe="quant_noise")[::2] == (0, "")
+    text = "quant_noise.train.distill.text"
+    code, out, error = dry_run(capsys, *given, f"{text}=nope", recipe="quant_noise")
+    line = f"{text}: nope: is a folder; give a text file, a sentence a line (plain, .gz, .xz, .zst)"
+    assert (code, out, error) == (2, "", f"tenko: error: {line}\n")
 
 
 def dry_run(capsys: pytest.CaptureFixture[str], *arguments: str, recipe: str = "tiny") -> tuple[object, str, str]:

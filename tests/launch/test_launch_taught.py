@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import lzma
 import shutil
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,52 @@ def test_another_search_or_teacher_has_a_folder_of_its_own(context: StageContext
     recipe = dataclasses.replace(context.recipe, stages=(context.recipe.stages[0], wider))
     taught.taught_corpus(dataclasses.replace(context, recipe=recipe), CPU, corpus, SEQUENCES, context.previous)
     assert len(list((context.run_dir / "taught").iterdir())) == 2
+
+
+@pytest.mark.parametrize("sequences", [False, True])
+def test_translations_of_a_text_join_the_training_split(context: StageContext, sequences: bool) -> None:
+    corpus = corpus_of(context.recipe)
+    source = context.recipe.direction.split("-")[0]
+    held_out = dict(zip(("en", "cs"), corpus.text("test"), strict=True))[source][0]
+    more = [f"{word} {number} ({held_out})" for number in range(120) for word in ("Open", "Otevřít")]
+    text = context.run_dir / "more.txt.xz"
+    text.write_bytes(lzma.compress("\r\n".join(["", *more, f"  {held_out} ", " ", "x " * 500]).encode()))
+    distill = DistillConfig(sequences=sequences, text=str(text))
+    made = taught.taught_corpus(context, CPU, corpus, distill, context.previous)
+    position = ("en", "cs").index(source)
+    before, after = pairs(corpus), pairs(made)
+    joined = {pair for pair in after if pair[position] in more}
+    assert 200 < len(joined) <= len(more)
+    sources, targets = zip(*((pair[position], pair[1 - position]) for pair in joined), strict=True)
+    assert context.previous is not None
+    engine = engines.load(context.previous / "artefact", threads=1)
+    expected = engine.translate(list(sources), decode=DecodeConfig(beam=2))
+    assert sum(map(str.__eq__, targets, expected)) > 0.95 * len(joined), "padding may turn a sentence"
+    assert held_out not in {pair[position] for pair in after}, "a test sentence is not trained on"
+    if sequences:
+        assert len(after & before) < len(before) / 2, "references are gone"
+    else:
+        assert after - joined == before, "references stay"
+    assert made.text("test") == corpus.text("test")
+    text.write_bytes(lzma.compress(b"Another text.\n"))
+    with pytest.raises(ValueError, match=r"more\.txt\.xz: has changed since this run began with it"):
+        taught.taught_corpus(context, CPU, corpus, distill, context.previous)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\n \n" + b"x " * 500, "no sentence of at most 128 subwords"),
+        (b"One.\n\xff\n", "line 2: invalid UTF-8"),
+    ],
+    ids=["nothing to translate", "not UTF-8"],
+)
+def test_a_text_without_sentences_is_named(context: StageContext, content: bytes, message: str) -> None:
+    text = context.run_dir / "more.txt"
+    text.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"more\.txt: {message}"):
+        taught.taught_corpus(context, CPU, corpus_of(context.recipe), DistillConfig(text=str(text)), context.previous)
+    assert not list((context.run_dir / "taught").glob("*/0*.tsv"))
 
 
 def test_without_sequences_the_corpus_is_as_it_was(context: StageContext) -> None:
