@@ -1,4 +1,4 @@
-"""Every `tenko run` that documents and recipes print is one that the recipe's loader takes, overrides and all."""
+"""Every `tenko run` that documents and recipes print is one that the loader takes; every link leads somewhere."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ def printed(path: Path) -> Iterator[tuple[int, str]]:
             yield text[: match.start()].count("\n") + 1, command
 
 
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")), *sorted(ROOT.glob("*/README.md"))]
 COMMANDS = [
     (f"{path.relative_to(ROOT)}:{line}", command)
     for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")), *sorted(ROOT.glob("recipes/*.yaml"))]
@@ -61,3 +62,20 @@ def test_a_printed_command_is_taken(place: str, command: str, monkeypatch: pytes
     assert recipe in bundled() or Path(recipe).is_file(), f"{place}: {recipe}: no such recipe"
     assert all("=" in one for one in overrides), f"{place}: {overrides}"
     load(recipe, overrides)
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    for link in links:
+        if not re.match(r"[a-z]+:", link):
+            path, _, anchor = link.partition("#")
+            target = page.parent / path if path else page
+            assert target.exists(), f"{page}: {link}: no such file"
+            assert not anchor or anchor in anchors(target), f"{page}: {link}: no such heading"
