@@ -18,7 +18,8 @@ class Difference:
     delta: float
     """The system's BLEU less the base line's."""
     p: float
-    """Chance of so large a difference, either way, were both equally good; below 0.05 is called significant."""
+    """sacrebleu's: of the resamples, how many differ by as much more than their mean does; below 0.05 is called significant.
+    It counts one tail of a difference that is clear, so a two-sided test's p would be about twice as large."""
 
     @property
     def significant(self) -> bool:
