@@ -18,7 +18,8 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from lab import UNSHAPED, Lab, bits_per_second, missing
+import option_types as types
+from lab import UNSHAPED, Lab, missing
 
 
 def rank(model_name: str, compute: float, updates: int) -> None:
@@ -65,11 +66,11 @@ def rank(model_name: str, compute: float, updates: int) -> None:
 def main() -> int:
     """Measure, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hosts", type=int, nargs="+", default=[2])
-    parser.add_argument("--rate", nargs="+", default=["100mbit", "1gbit", "10gbit", UNSHAPED])
+    parser.add_argument("--hosts", type=types.hosts, nargs="+", default=[2])
+    parser.add_argument("--rate", type=types.rate, nargs="+", default=["100mbit", "1gbit", "10gbit", UNSHAPED])
     parser.add_argument("--model", choices=["base", "small"], default="small")
-    parser.add_argument("--compute", type=float, default=0.05, help="seconds of an update's computation")
-    parser.add_argument("--updates", type=int, default=15, help="measured turns of each")
+    parser.add_argument("--compute", type=types.seconds, default=0.05, help="seconds of an update's computation")
+    parser.add_argument("--updates", type=types.integer(1), default=15, help="measured turns of each")
     parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.rank:
@@ -79,11 +80,6 @@ def main() -> int:
     if reason:
         print(f"auto.py: {reason}", file=sys.stderr)
         return 2
-    for rate in options.rate:
-        try:
-            bits_per_second(rate)
-        except ValueError as error:
-            parser.error(str(error))
     command = [sys.executable, __file__, "--rank", "--model", options.model, "--compute", str(options.compute)]
     command += ["--updates", str(options.updates)]
     print("| hosts | link | chosen | auto over plain DDP | measured: seconds an update |\n|---|---|---|---|---|")

@@ -29,6 +29,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
+sys.path.insert(0, str(Path(__file__).parent))
+import option_types as types
 
 from tenko.launch.rundir import RunDirectory
 from tenko.launch.stage_tools import corpus_of
@@ -146,19 +148,27 @@ def main() -> None:
     parser.add_argument("--stage")
     parser.add_argument("--model", type=Path, help="an artefact's folder, in place of --run; needs --corpus")
     parser.add_argument("--corpus", type=Path, help="a prepared corpus")
-    parser.add_argument("--beams", type=int, nargs="+", default=[4, 1])
-    parser.add_argument("--maps", type=int, nargs="*", default=[24], help="candidates of a subword")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--sentences", type=int, default=1000)
-    parser.add_argument("--max-tokens", type=int, default=DecodeConfig.max_tokens, help="source tokens of a batch")
-    parser.add_argument("--batch-size", type=int, help="sentences of a batch of fairseq-generate")
-    parser.add_argument("--json", type=Path, help="write the figures")
+    parser.add_argument("--beams", type=types.integer(1), nargs="+", default=[4, 1])
+    parser.add_argument("--maps", type=types.integer(1), nargs="*", default=[24], help="candidates of a subword")
+    parser.add_argument("--rounds", type=types.integer(1), default=5)
+    parser.add_argument("--sentences", type=types.integer(1), default=1000)
+    some = types.integer(1)
+    parser.add_argument("--max-tokens", type=some, default=DecodeConfig.max_tokens, help="source tokens of a batch")
+    parser.add_argument("--batch-size", type=some, help="sentences of a batch of fairseq-generate")
+    parser.add_argument("--json", type=types.new_file, help="write the figures")
     options = parser.parse_args()
     if (options.run is None) == (options.model is None) or (options.model and not options.corpus):
         parser.error("give --run, or --model with --corpus")
-    run = RunDirectory.read(options.run) if options.run else None
-    artefact = run.artefact(options.stage) if run else options.model
-    corpus = Corpus.open(options.corpus) if options.corpus or run is None else corpus_of(run.recipe)
+    if options.stage and not options.run:
+        parser.error("--stage: needs --run")
+    try:
+        run = RunDirectory.read(options.run) if options.run else None
+        artefact = run.artefact(options.stage) if run else options.model
+        if not (artefact / "model.safetensors").is_file():
+            raise ValueError(f"{artefact}: no model.safetensors; give a stage, or the folder of an artefact")
+        corpus = Corpus.open(options.corpus) if options.corpus or run is None else corpus_of(run.recipe)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     with tempfile.TemporaryDirectory() as folder:
         found, sources, references = contestants(
             artefact, corpus, Path(folder), options.maps, options.sentences, options.batch_size

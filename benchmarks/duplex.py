@@ -25,7 +25,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
-from lab import UNSHAPED, Lab, bits_per_second, missing
+import option_types as types
+from lab import Lab, bits_per_second, missing
 
 CHUNK = 1 << 20
 MESH_PORT = 29700
@@ -182,21 +183,19 @@ def rank_main(numel: int, repeat: int) -> None:
 def main() -> int:
     """The table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hosts", type=int, nargs="+", default=[2, 4])
-    parser.add_argument("--rate", default="1gbit")
-    parser.add_argument("--megabytes", type=float, default=20.0, help="to each other rank")
-    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--hosts", type=types.hosts, nargs="+", default=[2, 4])
+    parser.add_argument("--rate", type=types.shaped_rate, default="1gbit")
+    parser.add_argument("--megabytes", type=types.positive, default=20.0, help="to each other rank")
+    parser.add_argument("--repeat", type=types.integer(1), default=5)
     parser.add_argument("--congestion", nargs="+", default=["cubic", "bbr"], help="TCP's congestion control")
     options = parser.parse_args()
-    numel = int(options.megabytes * 1e6)
+    numel = max(1, int(options.megabytes * 1e6))
     if "RANK" in os.environ:
         rank_main(numel, options.repeat)
         return 0
     if (why := missing()) is not None:
         print(f"duplex: {why}", file=sys.stderr)
         return 2
-    if options.rate == UNSHAPED:
-        parser.error("--rate: none has no floor")
     for n in options.hosts:
         for congestion in options.congestion:
             floor = numel * (n - 1) * 8 / bits_per_second(options.rate)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).parent))
+import option_types as types
+
 from tenko.comm import Quantizer
 from tenko.comm.config import default_block
 from tenko.comm.layout import single
 from tenko.comm.reference import key_words
+from tenko.launch.recipe import Recipe
 from tenko.launch.rundir import CHECKPOINTS, RunDirectory
 from tenko.nmt import checkpoint
 from tenko.nmt.batches import UpdateStream
@@ -36,6 +41,8 @@ from tenko.nmt.trainer_state import load_weights
 
 SUFFIXES = ("embed_tokens.weight", "layers.0.fc1.weight", "self_attn.q_proj.weight")
 RANKS = 2
+ROUTES = ("all_reduce", "fp32")
+"""Whose checkpoints have Adam's state in the optimizer."""
 
 
 @dataclass(frozen=True)
@@ -114,17 +121,16 @@ def main() -> None:
     """Read a run's newest checkpoint, take gradients, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=Path("runs/scratch"), help="a run with checkpoints")
-    parser.add_argument("--updates", type=int, default=16)
-    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--updates", type=types.integer(1), default=16)
+    parser.add_argument("--json", type=types.new_file, help="write the figures here")
     options = parser.parse_args()
-    recipe = RunDirectory.read(options.run).recipe
-    config = recipe.stages[0].config
-    assert isinstance(config, TrainConfig)
+    try:
+        recipe, config, newest = trained(options.run)
+    except ValueError as error:
+        parser.error(f"--run: {error}")
     corpus = prepare(recipe.data, report=lambda line: None)
     model = build_model(recipe.model, corpus.dict_path)
     parameters = dict(model.named_parameters())
-    checkpoints = options.run / f"1-{recipe.stages[0].name}" / CHECKPOINTS
-    newest = checkpoint.path_of(checkpoints, checkpoint.list_updates(checkpoints)[-1])
     weights, state, _ = checkpoint.load(newest)
     load_weights(parameters, weights, newest)
     moments = {name: state["optimizer"]["state"][i]["exp_avg_sq"] for i, name in enumerate(parameters)}
@@ -150,8 +156,27 @@ def main() -> None:
         options.json.write_text(json.dumps({"updates": options.updates, "errors": results}, indent=1) + "\n")
 
 
+def trained(path: Path) -> tuple[Recipe, TrainConfig, Path]:
+    """A run's recipe, its first stage's settings, and that stage's newest checkpoint.
+
+    Raises:
+        ValueError: the gradients cannot be taken of it; says why.
+    """
+    run = RunDirectory.read(path)
+    first = run.recipe.stages[0]
+    if not isinstance(first.config, TrainConfig):
+        raise ValueError(f"{path}: its first stage is {first.kind}; needed is a run whose first stage is train")
+    if run.recipe.comm.route not in ROUTES:
+        raise ValueError(f"{path}: trained with comm.route {run.recipe.comm.route}; valid: {', '.join(ROUTES)}")
+    checkpoints = run.stage_directory(0) / CHECKPOINTS
+    updates = checkpoint.list_updates(checkpoints)
+    if not updates:
+        raise ValueError(f"{path}: no checkpoint in {checkpoints}; `tenko run` writes one every save_interval updates")
+    return run.recipe, first.config, checkpoint.path_of(checkpoints, updates[-1])
+
+
 def take_gradients(
-    model: torch.nn.Module, parameters: dict[str, Any], recipe: Any, corpus: Any, config: TrainConfig, updates: int
+    model: torch.nn.Module, parameters: dict[str, Any], recipe: Recipe, corpus: Any, config: TrainConfig, updates: int
 ) -> dict[str, list[list[Tensor]]]:
     """Of every parameter, by update and rank, at unchanged weights."""
     stream = UpdateStream(

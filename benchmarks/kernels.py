@@ -13,12 +13,16 @@ import argparse
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+import option_types as types
 
 from tenko.comm.layout import single
 from tenko.comm.quantizer import BITS, Quantizer
@@ -141,13 +145,19 @@ def table(result: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
-    parser.add_argument("--megabytes", type=int, default=64, help="fp32 bytes of the array, in 10^6 (default 64)")
-    parser.add_argument("--repetitions", type=int, default=15, help="default 15")
+    parser.add_argument("--json", type=types.new_file, metavar="FILE", help="also write the figures to FILE")
+    size = "fp32 bytes of the array, in 10^6 (default 64)"
+    parser.add_argument("--megabytes", type=types.integer(1), default=64, help=size)
+    parser.add_argument("--repetitions", type=types.integer(1), default=15, help="default 15")
     parser.add_argument("--block", type=int, default=0, help="elements of a scale (default: by the bits)")
-    parser.add_argument("--threads", type=int, default=2, help="of the last line (default 2; 1 leaves it out)")
+    last = "of the last line (default 2; 1 leaves it out)"
+    parser.add_argument("--threads", type=types.integer(1), default=2, help=last)
     parser.add_argument("--clip", type=float, default=3.0, help="in standard deviations, 0 does not clip (default 3)")
     options = parser.parse_args()
+    try:
+        Quantizer(clip=options.clip, block=options.block)
+    except ValueError as error:
+        parser.error(f"--{error}")
     result = measure(options.megabytes, options.repetitions, options.block, options.clip, options.threads)
     print(table(result))
     if options.json:

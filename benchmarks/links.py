@@ -3,7 +3,7 @@
     python benchmarks/links.py --quick                           # 4 hosts at 1 Gbit/s, two turns: some minutes
     python benchmarks/links.py                                   # 2, 4, 8 hosts at 1, 0.1, 10 Gbit/s: see --estimate
     python benchmarks/links.py --hosts 4 --rate 1gbit --peers "DDP fp32" "tenko 3/4"
-    python benchmarks/links.py --extra "1-bit Adam=/path/python:benchmarks/onebit_rank.py"
+    python benchmarks/links.py --extra "1-bit Adam=/path/python:benchmarks/onebit_adam.py"
 
 Root and iproute2 (lab.py). Hosts are network namespaces; the gradients are those of Transformer-base (link_model.py).
 Contestants take turns in the same processes (A B C, C B A, ...): each is put on the model and warmed up over unshaped
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 import tempfile
 import time
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import IO, Any
 
 sys.path.insert(0, str(Path(__file__).parent))
+import option_types as types
 from lab import UNSHAPED, Lab, bits_per_second, missing
 from link_crew import Crew, Failed, commit, machine
 from link_model import MODELS
@@ -118,7 +120,7 @@ def run(sweep: Sweep, out: Path, log: IO[str]) -> dict[str, Any]:
     """
     document: dict[str, Any] = {
         "commit": commit(),
-        "command": " ".join(["python", *sys.argv]),
+        "command": shlex.join(["python", *sys.argv]),
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "machine": machine(),
         "results": [],
@@ -164,33 +166,31 @@ def origin(document: dict[str, Any]) -> str:
 def arguments() -> argparse.Namespace:
     """The command line, checked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hosts", type=int, nargs="+", default=[2, 4, 8])
-    parser.add_argument("--rate", nargs="+", default=["1gbit", "100mbit", "10gbit"], help="1gbit ..., or none")
+    parser.add_argument("--hosts", type=types.hosts, nargs="+", default=[2, 4, 8])
+    parser.add_argument(
+        "--rate", type=types.rate, nargs="+", default=["1gbit", "100mbit", "10gbit"], help="1gbit ..., or none"
+    )
     parser.add_argument("--model", choices=sorted(MODELS), default="base")
-    parser.add_argument("--peers", nargs="+", help=f"of: {'; '.join(PEERS)}. All but the slow ones by default")
-    parser.add_argument("--extra", nargs="+", default=[], metavar="NAME=PYTHON:SCRIPT", help="see link_rank.py")
-    parser.add_argument("--repeat", type=int, default=3, help="turns of every contestant; at 100mbit, one")
-    parser.add_argument("--count", type=int, default=2, help="measured exchanges a turn")
-    parser.add_argument("--compute", type=float, nargs="*", default=[0.3, 1.0], help="seconds of a step's computation")
-    parser.add_argument("--signal", type=float, default=0.0, help="share of the gradients' energy common to all ranks")
+    known = f"of: {'; '.join(PEERS)}. All but the slow ones by default"
+    parser.add_argument("--peers", nargs="+", choices=list(PEERS), metavar="PEER", help=known)
+    form = "NAME=PYTHON:SCRIPT"
+    parser.add_argument("--extra", type=types.contestant, nargs="+", default=[], metavar=form, help="see link_rank.py")
+    parser.add_argument("--repeat", type=types.integer(1), default=3, help="turns of every contestant; at 100mbit, one")
+    parser.add_argument("--count", type=types.integer(1), default=2, help="measured exchanges a turn")
+    computed = "seconds of a step's computation"
+    parser.add_argument("--compute", type=types.seconds, nargs="*", default=[0.3, 1.0], help=computed)
+    common = "share of the gradients' energy common to all ranks"
+    parser.add_argument("--signal", type=types.share, default=0.0, help=common)
     parser.add_argument("--congestion", default="cubic", help="TCP's congestion control")
-    parser.add_argument("--out", type=Path, default=RESULTS / "links.json")
+    parser.add_argument("--out", type=types.new_file, default=RESULTS / "links.json")
     parser.add_argument("--quick", action="store_true", help="4 hosts, 1gbit, 2 turns of 1 exchange; not to --out")
     parser.add_argument("--estimate", action="store_true", help="only say how long the run would take")
     options = parser.parse_args()
     if options.quick:
         options.hosts, options.rate, options.repeat, options.count = [4], ["1gbit"], 2, 1
         options.out = Path(tempfile.gettempdir()) / "links-quick.json"
-    options.extra = dict(extra.split("=", 1) for extra in options.extra)
+    options.extra = dict(options.extra)
     options.peers = options.peers or [name for name, peer in PEERS.items() if not peer.slow]
-    for name in options.peers:
-        if name not in PEERS:
-            parser.error(f"--peers: must be of {', '.join(PEERS)}; is {name}")
-    for rate in options.rate:
-        try:
-            bits_per_second(rate)
-        except ValueError as error:
-            parser.error(str(error))
     return options
 
 

@@ -20,7 +20,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-# 97.5 % quantiles of Student's t for 1 to 9 degrees of freedom.
+sys.path.insert(0, str(Path(__file__).parent))
+import option_types as types
+
+from tenko.launch.recipe import load
+from tenko.nmt.config import TrainConfig
+
+# 97.5 % quantiles of Student's t for 1 to 9 degrees of freedom; t975 has the others.
 T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 SPLIT = (
     "comm.split=[{route: server, match: ['*embed_tokens*']}, {route: fp32, max_dims: 1}, "
@@ -47,12 +53,25 @@ def run(recipe: str, directory: Path, settings: list[str]) -> dict:
     return json.loads((directory / "1-train" / "result.json").read_text())
 
 
+def t975(freedom: int) -> float:
+    """97.5 % quantile of Student's t, to 0.001. Source: Abramowitz & Stegun 26.7.5, beyond the table."""
+    if freedom <= len(T975):
+        return T975[freedom - 1]
+    z = statistics.NormalDist().inv_cdf(0.975)
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+    )
+    return z + sum(term / freedom**power for power, term in enumerate(terms, start=1))
+
+
 def interval(differences: list[float]) -> tuple[float, float]:
     """Mean and half width of its 95 % interval."""
     mean = statistics.mean(differences)
     if len(differences) < 2:
         return mean, math.inf
-    half = T975[len(differences) - 2] * statistics.stdev(differences) / math.sqrt(len(differences))
+    half = t975(len(differences) - 1) * statistics.stdev(differences) / math.sqrt(len(differences))
     return mean, half
 
 
@@ -60,12 +79,19 @@ def main() -> None:
     """Run, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="scratch")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="at most 10")
+    parser.add_argument("--seeds", type=types.integer(0), nargs="+", default=[1, 2, 3])
     parser.add_argument("--runs", type=Path, default=Path("runs/quality"))
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings for all runs")
     parser.add_argument("--routes", nargs="+", choices=ROUTES, default=list(ROUTES), metavar="ROUTE")
-    parser.add_argument("--json", type=Path, help="add the figures to those in this file")
+    parser.add_argument("--json", type=types.new_file, help="add the figures to those in this file")
     options = parser.parse_args()
+    for route in options.routes:
+        try:
+            first = load(options.recipe, [*ROUTES[route], *options.set]).stages[0]
+        except (ValueError, OSError) as error:
+            parser.error(f"--recipe {options.recipe}, route {route}: {error}")
+        if not isinstance(first.config, TrainConfig) or first.name != "train":
+            parser.error(f"--recipe {options.recipe}: its first stage must be train, is {first.name}")
     options.runs.mkdir(parents=True, exist_ok=True)
     results: dict[str, dict[str, dict]] = {}
     if options.json and options.json.exists():

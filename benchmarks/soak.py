@@ -1,6 +1,6 @@
 """A day of faults in small: 2,000 updates on two workers, a fault every 200, held to the same run without any.
 
-    python benchmarks/soak.py                    # about ten minutes on two cores
+    python benchmarks/soak.py                    # a few minutes on two cores
     python benchmarks/soak.py --updates 600 --json soak.json
 
 The faults take turns: kill -9 of a worker and of rank 0, a worker that hangs, a notice to stop (TERM), a worker whose

@@ -20,7 +20,9 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
+import option_types as types
 from lab import missing
+from link_peers import PEERS
 from link_plots import draw_measured, draw_model
 from links import RESULTS, Sweep, origin, run
 from speedup_model import describe
@@ -31,13 +33,16 @@ CONTESTANTS = ["DDP fp32", "tenko 3/4", "tenko server, SQ3 + LAQ4"]
 def main() -> int:
     """Measure, draw, and write what was found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hosts", type=int, nargs="+", default=[2, 3, 4, 6, 8])
-    parser.add_argument("--rate", nargs="+", default=["1gbit", "10gbit", "none"])
-    parser.add_argument("--compute", type=float, nargs="+", default=[0.1, 1.0], help="seconds of a step's computation")
-    parser.add_argument("--peers", nargs="+", default=CONTESTANTS)
-    parser.add_argument("--repeat", type=int, default=2)
-    parser.add_argument("--count", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=RESULTS / "speedup.json", help="pictures go beside it")
+    parser.add_argument("--hosts", type=types.hosts, nargs="+", default=[2, 3, 4, 6, 8])
+    parser.add_argument("--rate", type=types.rate, nargs="+", default=["1gbit", "10gbit", "none"])
+    computed = "seconds of a step's computation"
+    parser.add_argument("--compute", type=types.positive, nargs="+", default=[0.1, 1.0], help=computed)
+    known = f"of: {'; '.join(PEERS)}"
+    parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=CONTESTANTS, metavar="PEER", help=known)
+    parser.add_argument("--repeat", type=types.integer(1), default=2)
+    parser.add_argument("--count", type=types.integer(1), default=2)
+    beside = "pictures go beside it"
+    parser.add_argument("--out", type=types.new_file, default=RESULTS / "speedup.json", help=beside)
     parser.add_argument("--quick", action="store_true", help="2 and 4 hosts, one turn, not to --out")
     parser.add_argument("--draw", action="store_true", help="measure nothing")
     parser.add_argument("--estimate", action="store_true", help="only say how long the run would take")
@@ -45,6 +50,8 @@ def main() -> int:
     if options.quick:
         options.hosts, options.repeat, options.count = [2, 4], 1, 1
         options.out = Path(tempfile.gettempdir()) / "speedup-quick.json"
+    if options.draw and not options.out.is_file():
+        parser.error(f"--draw: {options.out} is not there; measure first, or give another --out")
     if not options.draw:
         if (why := missing()) is not None:
             print(f"speedup: {why}", file=sys.stderr)
