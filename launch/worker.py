@@ -48,6 +48,10 @@ from .spawn import PARENT, adopt_parent, end_with_parent, limit_threads, raise_o
 from .streams import open_closed
 from .world import World
 
+FEW_PRIMITIVES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+"""oneDNN keeps the code of 1024 shapes of operands, some MB each. Batches of a corpus have more shapes than that, so
+most are not met again in time: memory grew from 1.4 to 4 GB, and training was no faster for it."""
+
 Runners = Mapping[str, Callable[[StageContext], None]]
 
 logger = logging.getLogger(__name__)
@@ -66,6 +70,7 @@ def main(argv: Sequence[str] | None = None, runners: Runners | None = None) -> N
     parser.add_argument("--run-dir", type=Path, help="default: runs/NAME")
     open_closed()
     arguments = parser.parse_intermixed_args(argv)
+    os.environ.setdefault(*FEW_PRIMITIVES)
     if PARENT in os.environ:
         adopt_parent()
         _spawned(arguments.run_dir, runners)

@@ -46,7 +46,7 @@ def train(context):
         context.reporter.advance(update, loss=4.0 / update)
         if metrics:
             metrics.append({"update": update, "loss": 4.0 / update, "kind": "train",
-                "threads": torch.get_num_threads()})
+                "threads": torch.get_num_threads(), "primitives": os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"]})
             (context.checkpoints / f"update-{update:08d}").mkdir(parents=True, exist_ok=True)
         if fake and rank == int(where) and update == 4:
             if fake == "value":
@@ -134,6 +134,7 @@ def test_two_workers_run_all_stages_and_print_the_outcome(run: Run) -> None:
     lines = [json.loads(line) for line in (run.directory / "1-train" / "metrics.jsonl").read_text().splitlines()]
     assert [line["update"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert {line["threads"] for line in lines} == {1}, "the recipe's threads"
+    assert {line["primitives"] for line in lines} == {"128"}, "memory stays bounded"
     page = (run.directory / "report.html").read_text()
     assert "a &lt;b&gt;" in page
     assert "<svg" in page
