@@ -98,3 +98,17 @@ def test_an_exchange_that_waits_too_long_fails() -> None:
         exchanger.submit([waiting()], lambda: torch.tensor(1)).wait()
     assert time.monotonic() - began < 5
     exchanger.close()
+
+
+def test_an_exchange_may_wait_for_as_long_as_the_timeout_says_and_closing_waits_for_it() -> None:
+    exchanger, signal = ThreadExchanger(timeout=30.0), Signal()
+
+    def waiting() -> Exchange:
+        yield signal
+
+    future = exchanger.submit([waiting()], lambda: torch.tensor(1))
+    time.sleep(1.3)  # it looks once a second who is overdue; the machine has been up for longer than the timeout
+    threading.Timer(0.2, signal.complete).start()
+    exchanger.close()
+    assert future.done()
+    assert int(future.wait()) == 1

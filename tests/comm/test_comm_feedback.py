@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import pytest
 import torch
 
 from tenko.comm import QuantizedAllReduce, Quantizer, WireMeter
 from tenko.comm.feedback import ErrorFeedback
-from tenko.comm.lanes import Bucket, Context, QuantizedLane
+from tenko.comm.lanes import Bucket, Context, Lane, QuantizedLane
 from tenko.comm.layout import single
 from tenko.comm.link import run
 from tenko.comm.rows import RowsLane
@@ -128,3 +129,53 @@ def test_a_matrix_without_elements_has_no_rows_to_send() -> None:
     lane.bind(Context(Alone(), torch.device("cpu"), shapes, 1, WireMeter(), None))
     (portion,) = lane.portions(Bucket((0, 1), (0, 12)), [0, 1])
     assert (portion.tensors, portion.numel) == ([1], 12)
+
+
+def test_buckets_that_come_back_hold_what_others_have_left_since() -> None:
+    feedback, cpu = ErrorFeedback(), torch.device("cpu")
+    feedback.flat((0, 1), (1, 1), cpu).fill_(1)
+    feedback.flat((1, 0), (1, 1), cpu).fill_(2)  # DDP has rebuilt its buckets, and a resumed run has the first ones
+    assert feedback.flat((0, 1), (1, 1), cpu).tolist() == [2, 2]
+
+
+def test_a_state_is_of_its_moment_and_replaces_residuals_in_use() -> None:
+    feedback, cpu = ErrorFeedback(), torch.device("cpu")
+    feedback.flat((0,), (2,), cpu).fill_(1)
+    saved = feedback.state_dict()
+    feedback.flat((0,), (2,), cpu).fill_(5)
+    assert saved["0"].tolist() == [1, 1]
+    feedback.load_state_dict(saved)
+    assert feedback.flat((0,), (2,), cpu).tolist() == [1, 1]
+
+
+SHAPE = torch.Size([50, 64])
+
+
+def exchanged(kind: type[Lane], feedback: ErrorFeedback | None, gradients: list[torch.Tensor]) -> list[torch.Tensor]:
+    lane: Any = kind(Quantizer(bits=3, clip=0), Quantizer(bits=8, clip=0))  # type: ignore[call-arg]
+    lane.bind(Context(Alone(), torch.device("cpu"), [SHAPE], 1, WireMeter(), feedback))
+    (portion,) = lane.portions(Bucket((0,), (SHAPE.numel(),)), [0])
+    found = [gradient.clone() for gradient in gradients]
+    for step, buffer in enumerate(found):
+        run(lane.exchange(buffer.view(-1), portion, step, 8))
+    return found
+
+
+def test_what_was_left_out_of_a_row_waits_until_the_row_is_touched_again() -> None:
+    gradient = torch.randn(SHAPE, generator=torch.Generator().manual_seed(3))
+    gradients = [gradient * ((torch.arange(50) + step) % 2)[:, None] for step in range(60)]
+    feedback = ErrorFeedback()
+    found = exchanged(RowsLane, feedback, gradients)
+    assert all(torch.equal(mean.any(dim=1), wanted.any(dim=1)) for mean, wanted in zip(found, gradients, strict=True))
+    residual = feedback.flat((0,), (SHAPE.numel(),), torch.device("cpu")).view(SHAPE)
+    error = (sum(found) + residual - sum(gradients)).square().mean().sqrt()
+    assert error < 0.05 * 60**0.5, "only the rounding of the way down is lost"
+    assert 0 < residual.square().mean() < 2
+
+
+@pytest.mark.parametrize("kind", [QuantizedLane, RowsLane])
+def test_each_update_rounds_anew(kind: type[Lane]) -> None:
+    gradient = torch.randn(SHAPE, generator=torch.Generator().manual_seed(3))
+    found = exchanged(kind, None, [gradient] * 50)
+    once, mean = ((each - gradient).norm() for each in (found[0], sum(found) / 50))
+    assert mean < 0.3 * once, "without feedback or a clip the errors of the same gradient average out"

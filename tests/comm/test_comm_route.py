@@ -222,3 +222,62 @@ def test_rules_name_a_parametrized_weight_as_a_plain_one() -> None:
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], line: str) -> None:
     with pytest.raises(ValueError, match=f"^{line}"):
         CommConfig(**settings)
+
+
+THIN = "3/4 bits"
+
+
+class Two:
+    """A link to one other rank, which has measured these seconds."""
+
+    rank, world_size = 0, 2
+
+    def __init__(self, theirs: list[float]) -> None:
+        self.theirs = torch.tensor(theirs, dtype=torch.float64).view(torch.uint8)
+
+    def start(self, tag: int, outgoing: Any, incoming: Any) -> Two:
+        incoming[1].copy_(self.theirs)
+        return self
+
+    def wait(self) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "seconds", "choice"),
+    [
+        ([2.0, 1.0, 0.5], [2.0, 1.0, 3.0], [2.0, 1.0, 3.0], "fp16"),  # the slowest rank's count
+        ([1.01, 1.0, 1.0], [0.1, 0.1, 0.1], [1.01, 1.0, 1.0], "fp32"),  # as good as: what loses least
+        ([1.5, 1.2, 1.0], [0.1, 0.1, 0.1], [1.5, 1.2, 1.0], THIN),
+    ],
+)
+def test_auto_takes_the_fastest_on_the_slowest_rank(
+    ours: list[float], theirs: list[float], seconds: list[float], choice: str
+) -> None:
+    route = Auto()
+    route.rank, route.world_size, route._link = 0, 2, Two(theirs)  # type: ignore[assignment]
+    # The first turn is not counted, however quick: kernels are loaded then, buckets rebuilt.
+    route._times = {n: [0.0, 0.9 * s, 1.1 * s, 0.9 * s, 1.1 * s] for n, s in zip(route.candidates, ours, strict=True)}
+    route._choose(torch.device("cpu"))
+    assert route.choice == route._current == choice
+    assert [*route.seconds.values()] == pytest.approx(seconds)
+
+
+@pytest.mark.usefixtures("alone")
+def test_auto_goes_on_with_its_choice_and_measures_anew_with_other_ranks() -> None:
+    def auto() -> Auto:
+        route = register(DistributedDataParallel(torch.nn.Linear(3, 2)), Auto())
+        assert isinstance(route, Auto)
+        return route
+
+    state = auto().state_dict()
+    state |= {"choice": THIN, "seconds": {"fp32": 2.0, "fp16": 2.0, THIN: 1.0}}
+    state["candidates"][THIN] |= {"step": 7, "feedback": {"0": torch.ones(2, 3)}}
+    again, other = auto(), auto()
+    again.load_state_dict(state)
+    assert again.choice == again._current == THIN
+    kept = again.candidates[THIN].state_dict()
+    assert (kept["step"], kept["feedback"]["0"].sum()) == (7, 6)
+    other.adopt([state, state, state])
+    assert other.choice is None
+    kept = other.candidates[THIN].state_dict()
+    assert (kept["step"], kept["feedback"]) == (7, {})

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from hook_worker import DEVICE, assert_ranks_agree, flat, loss_of, poisoned, wrapped
+from hook_worker import DEVICE, assert_ranks_agree, exact_mean, flat, loss_of, poisoned, wrapped
+from lane_scenarios import Heads
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -207,6 +208,58 @@ def server_settings(_: Path) -> None:
         register(DistributedDataParallel(module), ParameterServer())
 
 
+RULES = (SplitRule(route="server", min_dims=2), SplitRule(route="fp32", max_dims=1))
+
+
+def server_norm(_: Path) -> None:
+    """It is of the whole gradient, though each rank holds its own shard of that: clipping goes by it."""
+    for config in (
+        CommConfig(route="server", bits=8, clip=0),
+        CommConfig(route="split", split=RULES, bits=8, clip=0),
+    ):
+        route = make_route(config, 1)
+        model = wrapped(route)
+        loss_of(model, 0).backward()
+        exact = torch.cat([mean.reshape(-1) for mean in exact_mean(0)[0]]).norm()
+        assert float(route.total_norm(model.parameters())) == pytest.approx(float(exact), rel=0.01)
+        route.close()
+
+
+def server_unused(_: Path) -> None:
+    """A weight without a gradient is left alone by its owners: no decay, no momentum, no step."""
+    route = ParameterServer(bits=8, weight_bits=32, clip=0)
+    model = DistributedDataParallel(Heads().to(DEVICE), find_unused_parameters=True)
+    register(model, route)
+    optimizer = route.optimizer(model.named_parameters(), lr=1e-2, weight_decay=0.1)
+    x = torch.ones(4000, device=DEVICE)
+    weights = []
+    for use_a in (True, False):
+        optimizer.zero_grad()
+        model(x, use_a).backward()
+        optimizer.step()
+        weights.append(model.module.a.detach().clone())
+    assert weights[0].any()
+    assert torch.equal(*weights)
+    assert set(optimizer.owner.steps.tolist()) == {1.0}
+    route.close()
+
+
+def server_rate(_: Path) -> None:
+    """The learning rate of the group, which a schedule sets, is that of the other routes' parameters, too."""
+    route = make_route(CommConfig(route="split", split=RULES), 1)
+    model = wrapped(route)
+    optimizer = route.optimizer(model.named_parameters(), lr=1e-2, weight_decay=0.0)
+    vectors = [p for p in model.parameters() if p.dim() < 2 and p.requires_grad]
+    before = [p.detach().clone() for p in vectors]
+    for rate, stay in ((0.0, True), (1e-2, False)):
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.zero_grad()
+        loss_of(model, 0).backward()
+        optimizer.step()
+        assert all(torch.equal(p, was) == stay for p, was in zip(vectors, before, strict=True)), rate
+    route.close()
+
+
 SCENARIOS = {
     f.__name__: f
     for f in (
@@ -216,5 +269,8 @@ SCENARIOS = {
         server_accumulates,
         server_state_is_a_ranks_own,
         server_settings,
+        server_norm,
+        server_unused,
+        server_rate,
     )
 }

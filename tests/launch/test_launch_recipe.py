@@ -129,6 +129,9 @@ def test_stages_of_one_kind_are_told_apart_by_name() -> None:
         (SMALL[SMALL.index("stages") :], "stages: []\n", "r.yaml:4: stages: must be a list of at least one stage"),
         (SMALL, "", "r.yaml:1: empty; a recipe needs at least name and stages"),
         (SMALL, "- 1", "r.yaml:1: must be a mapping of keys to values, is a list of 1"),
+        ("lr: 5e-4", "lr: .inf", "r.yaml:6: train.lr: must be a number, is .inf"),
+        ("lr: 5e-4", "zero_stage: true", "r.yaml:6: train.zero_stage: must be one of 1, 2, is true"),
+        ("max_update: 10", f"max_update: {2**63}", "r.yaml:7: train.max_update: must be a whole number of 64 bits"),
     ],
 )
 def test_a_mistake_is_one_line_with_its_place(old: str, new: str, message: str) -> None:
@@ -311,3 +314,37 @@ def test_sentences_beyond_learned_positions_are_refused(settings: str, message: 
 )
 def test_stages_that_make_no_sense_together_are_refused_with_the_reason(stages: str, message: str) -> None:
     assert message in error_of(f"name: x\nstages: {stages}\n")
+
+
+SERVED = "comm: {route: split, split: [{route: server, min_dims: 2}, {route: fp32, max_dims: 1}]}"
+
+
+@pytest.mark.parametrize("comm", ["comm: {route: server}", SERVED])
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ("[train: {keep_updates: [0]}, lottery]", "comm.route: owners of shards keep Adam's moments, which a lottery"),
+        (
+            "[pretrained, quant_noise: {scheme: lat}]",
+            "comm.route: owners of shards keep Adam's moments, which scheme: lat",
+        ),
+    ],
+)
+def test_what_needs_all_moments_is_refused_with_a_server_for_some_parameters_too(
+    comm: str, stages: str, message: str
+) -> None:
+    text = f"name: x\n{comm}\nstages: {stages}\n"
+    assert message in error_of(text)
+    assert recipe.loads(text.replace(comm, "comm: {route: all_reduce}"), "r.yaml")
+
+
+def test_translations_are_searched_for_as_the_first_training_validates() -> None:
+    for stages, beam in (
+        ("[pretrained, quant_noise: {train: {decode: {beam: 3}}}, ipq: {train: {decode: {beam: 2}}}]", 3),
+        ("[train: {decode: {beam: 2}}, quant_noise: {train: {decode: {beam: 3}}}]", 2),
+        ("[pretrained, quantize]", 4),
+    ):
+        loaded = recipe.loads(
+            f"name: x\nstages: {stages}\n".replace("quant_noise: {", "quant_noise: {scheme: pq, p: 0.5, "), "r.yaml"
+        )
+        assert recipe.decode_config(loaded).beam == beam, stages

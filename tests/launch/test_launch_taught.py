@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tenko.compression import write_artefact
+from tenko.compression.container import artefact_file
 from tenko.launch import taught
 from tenko.launch.progress import Reporter
 from tenko.launch.recipe import load
@@ -176,3 +177,18 @@ def test_fairseq_translates_where_ctranslate2_has_no_place_for_the_teacher(
     (tmp_path / "model.safetensors").write_bytes(b"damaged")
     with pytest.raises(ValueError, match=r"model\.safetensors"):
         taught._engine(tmp_path, CPU)
+
+
+def test_another_teacher_corpus_or_direction_has_a_folder_of_its_own(context: StageContext) -> None:
+    assert context.previous is not None
+    corpus, artefact = corpus_of(context.recipe), context.previous / "artefact"
+    first = taught._folder(context, corpus, artefact)
+    assert taught._folder(context, corpus, artefact) == first
+    found = {first, taught._folder(context, dataclasses.replace(corpus, manifest={"hash": "another"}), artefact)}
+    other = {"en-cs": "cs-en", "cs-en": "en-cs"}[context.recipe.direction]
+    turned = dataclasses.replace(context, recipe=dataclasses.replace(context.recipe, direction=other))  # type: ignore[arg-type]
+    found.add(taught._folder(turned, corpus, artefact))
+    with artefact_file(artefact).open("ab") as file:
+        file.write(b" ")
+    found.add(taught._folder(context, corpus, artefact))
+    assert len(found) == 4
