@@ -126,8 +126,8 @@ def main() -> None:
     options = parser.parse_args()
     try:
         recipe, config, newest = trained(options.run)
-    except ValueError as error:
-        parser.error(f"--run: {error}")
+    except ValueError as unfit:
+        parser.error(f"--run: {unfit}")
     corpus = prepare(recipe.data, report=lambda line: None)
     model = build_model(recipe.model, corpus.dict_path)
     parameters = dict(model.named_parameters())

@@ -53,7 +53,7 @@ def figures(result: dict[str, Any], results: list[dict[str, Any]]) -> dict[str, 
         turns = min(len(baseline["exchange"]), len(result["exchange"]))
         pairs = zip(baseline["exchange"][:turns], result["exchange"][:turns], strict=True)
         found["faster"] = statistics.median(theirs / ours for theirs, ours in pairs)
-    for compute, steps in result["steps"].items():
+    for compute, steps in result.get("steps", {}).items():
         step = statistics.median(steps)
         found["steps"][compute] = {
             "seconds": step,

@@ -108,3 +108,19 @@ def test_rules_that_make_no_sense_are_refused(settings: dict[str, float], line: 
         SplitRule(route="rows", **settings)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="not with route server"):
         SplitRule(route="server", min_sparsity=0.5)
+
+
+def test_limits_of_size_are_inside() -> None:
+    rules = [
+        SplitRule(route="rows", min_numel=16000),
+        SplitRule(route="all_reduce", min_numel=1024, max_numel=1024),
+        SplitRule(route="fp32", min_numel=64, max_numel=64),
+        SplitRule(route="fp16", max_numel=1),
+    ]
+    assert list(assign(rules, SHAPES).values()) == ["rows", "all_reduce", "fp32", "fp16"]
+
+
+def test_a_row_of_a_tensor_of_three_dimensions_is_all_behind_its_first() -> None:
+    gradient = torch.zeros(4, 3, 2)
+    gradient[1, 2, 1] = 1
+    assert row_sparsity(gradient) == 0.75

@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tenko.launch import cli
+from tenko.launch import cli, slurm_launch, slurm_query
 from tenko.launch.recipe import load
 from tenko.launch.rundir import RunDirectory, RunLock
 from tenko.launch.slurm_env import FIRST_PORT, PORTS, first_names, meeting_point, port
 from tenko.launch.slurm_query import gpus_of, said
-from tenko.launch.slurm_script import VALUES, Request, evaluate_script, seconds, train_script
+from tenko.launch.slurm_script import EVALUATE, TRAIN, VALUES, Request, evaluate_script, seconds, train_script
 from tenko.launch.world import World
 
 STEP = {
@@ -234,3 +234,49 @@ def dry_run(capsys: pytest.CaptureFixture[str], *arguments: str, recipe: str = "
         cli.main(["launch", "slurm", recipe, *arguments, "--dry-run"])
     output = capsys.readouterr()
     return ended.value.code, output.out, output.err
+
+
+SINFO = """train*|up|1-00:00:00|2|4|(null)
+train*|up|1-00:00:00|1|16+|gpu:a100:4(S:0-1)
+old|down|infinite|7|2|(null)
+"""
+
+
+def test_rows_of_unlike_nodes_are_one_partition(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(slurm_query, "ask", lambda *command: SINFO)
+    train, old = slurm_query.partitions()
+    assert (train.name, train.default, train.up, train.limit) == ("train", True, True, 86400)
+    assert (train.nodes, train.cpus, train.gpus) == (3, 16, 4)
+    assert (old.name, old.default, old.up, old.limit) == ("old", False, False, float("inf"))
+    fits = replace(request(tmp_path), nodes=3, workers=4, cpus=4, gpus=4, time="1-0")
+    slurm_query.check(fits)
+    for change, line in (
+        ({"nodes": 4}, "--nodes: 4: partition train has 3"),
+        ({"gpus": 5}, "--gpus-per-node: 5: nodes of partition train have 4"),
+        ({"cpus": 5}, "--workers-per-node: 4 of 5 cores each: nodes of partition train have 16"),
+        ({"time": "1-0:0:1"}, "--time: 1-0:0:1: partition train allows 24 h"),
+        ({"partition": "old"}, "--partition: old: takes no jobs now; valid: train, old"),
+    ):
+        with pytest.raises(ValueError, match=f"^{line}$"):
+            slurm_query.check(replace(fits, **change))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("seeds", "after"), [((), "afterok"), ((1, 2), "aftercorr")])
+def test_what_follows_waits_for_its_own_training_which_goes_where_that_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, seeds: tuple[int, ...], after: str
+) -> None:
+    asked: list[tuple[str, ...]] = []
+
+    def ask(*command: str) -> str:
+        asked.append(command)
+        if "--dependency" in "".join(command):
+            raise ValueError("sbatch: no")
+        return "7;cluster\n"
+
+    for module in (slurm_query, slurm_launch):
+        monkeypatch.setattr(module, "ask", ask)
+    one = replace(request(tmp_path), seeds=seeds, then=("export",))
+    with pytest.raises(ValueError, match="sbatch: no"):
+        slurm_launch._submit(one, {TRAIN: "", EVALUATE: ""})
+    assert f"--dependency={after}:7" in asked[1]
+    assert asked[-1] == ("scancel", "7")

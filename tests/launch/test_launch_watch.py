@@ -20,12 +20,12 @@ from rich.console import Console
 
 from tenko.launch import watch_state
 from tenko.launch.metrics import read_metrics
-from tenko.launch.pulse import UPDATE, Pulse, path_of
-from tenko.launch.recipe import load
+from tenko.launch.pulse import UPDATE, Beat, Pulse, path_of
+from tenko.launch.recipe import load, loads
 from tenko.launch.rundir import LOCK, LOGS, RunDirectory, RunLock
 from tenko.launch.watch import RANKS, duration, frame, sparkline
 from tenko.launch.watch_logs import Tail, Troubles
-from tenko.launch.watch_state import RunView, Watcher, lock_holder
+from tenko.launch.watch_state import RunView, Training, Watcher, _silent, lock_holder
 from tests.integration.tenko_run import environment, finish, run_arguments, start, tenko, workers
 
 ENDLESS = {
@@ -310,3 +310,53 @@ def test_the_best_validation_is_the_trainers(tmp_path: Path) -> None:
         assert view.current.training.best == best
         by = " by perplexity" if best_by == "perplexity" else ""
         assert f"best{by} {best[1]:.2f} at update {best[0]}" in picture(view)
+
+
+def test_a_rank_is_silent_when_others_would_have_made_ten_updates() -> None:
+    slow, beats = Training(Path()), [Beat(rank=0, phase=UPDATE, time=10.0), Beat(rank=1, phase=UPDATE, time=0.0)]
+    for update in (10, 20):
+        slow.add({"kind": "train", "update": update, "seconds": 30.0 * update})
+    assert _silent(beats, None, 69.0) is None
+    assert _silent(beats, None, 71.0) == beats[1], "the one that has been silent for longest"
+    assert _silent(beats, slow, 309.0) is None, "30 s an update"
+    assert _silent(beats, slow, 311.0) == beats[1]
+
+
+def test_the_round_that_is_trained_now_is_shown(tmp_path: Path) -> None:
+    text = "{name: x, stages: [train: {max_update: 9, keep_updates: [0]}, lottery: {rounds: 2}]}"
+    with RunLock(tmp_path):
+        run = RunDirectory.create(tmp_path, loads(text, "x"))
+    run.stage_directory(0).mkdir()
+    (run.stage_directory(0) / "result.json").write_text('{"stage": "train", "bleu": 1.0}')
+    for number, update in ((1, 9), (2, 4)):
+        folder = run.stage_directory(1) / f"round-{number:02d}"
+        folder.mkdir(parents=True)
+        (folder / "metrics.jsonl").write_text(json.dumps({"kind": "train", "update": update}) + "\n")
+        os.utime(folder / "metrics.jsonl", (number, number))
+    training = Watcher(tmp_path).look().current.training
+    assert training is not None
+    assert (training.folder.name, training.update, training.max_update) == ("round-02", 4, 9)
+
+
+def test_signs_of_life_of_an_earlier_run_with_more_ranks_do_not_count(tmp_path: Path) -> None:
+    with RunLock(tmp_path):
+        RunDirectory.create(tmp_path, load("tiny"))
+    (tmp_path / LOGS).mkdir()
+    for rank in range(3):
+        pulse = Pulse(path_of(tmp_path / LOGS, rank), rank=rank)
+        pulse.update(7)
+        pulse.close()
+    (tmp_path / LOCK).write_text("4711 elsewhere 0123456789abcdef\n")
+    assert len(Watcher(tmp_path).look().beats) == 3
+    later = (tmp_path / LOCK).stat().st_mtime + 3600
+    os.utime(tmp_path / LOCK, (later, later))
+    assert Watcher(tmp_path)._beats(later) == []
+
+
+def test_a_tail_begins_a_file_anew_that_was_cut(tmp_path: Path) -> None:
+    path = tmp_path / "worker-0.log"
+    path.write_bytes(b"one\ntwo\n")
+    tail = Tail(path)
+    tail.read()
+    path.write_bytes(b"new\n")
+    assert tail.read() == (True, [b"new"])

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Event
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -177,13 +178,17 @@ def test_a_second_run_reuses_by_content(corpus_file: str, tmp_path: Path) -> Non
     assert "up to date" in lines[0]
 
 
-@pytest.mark.parametrize("change", ["content", "vocab_size", "test_size", "max_ratio", "given test"])
+@pytest.mark.parametrize(
+    "change", ["content", "vocab_size", "valid_size", "test_size", "max_ratio", "length", "given test"]
+)
 def test_other_inputs_make_another_corpus(corpus_file: str, tmp_path: Path, change: str) -> None:
     first = prepare(config(tmp_path, corpus_file), report=quiet)
     settings: dict[str, object] = {
         "content": {},
         "vocab_size": {"vocab_size": 501},
+        "valid_size": {"valid_size": 51},
         "test_size": {"test_size": 81},
+        "length": {"max_tokens_per_sentence": 255},
         "max_ratio": {"max_ratio": 2.9},
         "given test": {"test": write(tmp_path / "test.tsv", PAIRS[:3])},
     }[change]
@@ -415,3 +420,34 @@ def test_a_cache_that_can_be_no_folder_is_named_with_its_key(small_tsv: Path, tm
     for cache in (tmp_path / "file", tmp_path / "file" / "cache", Path("/proc/nope")):
         with pytest.raises(ValueError, match=rf"^data\.cache: {cache}: can't be made a folder \("):
             prepare(DataConfig(train=str(small_tsv), cache=str(cache)), report=quiet)
+
+
+def test_subwords_of_a_large_corpus_are_trained_on_a_sample_from_all_over_it(
+    corpus_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, samples = prepare_module.train_subwords, []
+
+    def noted(sample: Any, *arguments: Any, **options: Any) -> Any:
+        samples.append([*sample()])
+        assert [*sample()] == samples[-1], "it is read more than once"
+        return real(sample, *arguments, **options)
+
+    monkeypatch.setattr(prepare_module, "train_subwords", noted)
+    for cache, most in (("all", 10**9), ("some", 800), ("again", 800)):
+        monkeypatch.setattr(prepare_module, "SUBWORD_SAMPLE", most)
+        corpus = prepare(config(tmp_path, corpus_file, cache=str(tmp_path / cache), vocab_size=300), report=quiet)
+    whole, some, again = samples
+    assert len(whole) == 2 * len(corpus.split("train"))
+    assert some == again
+    places = [whole.index(line) for line in some[::2]]
+    assert abs(len(places) - 800) < 150, "5 deviations"
+    assert places == sorted(places)
+    assert all(
+        any(low <= place < low + len(whole) // 10 for place in places)
+        for low in range(0, len(whole) * 9 // 10, len(whole) // 10)
+    )
+    hashes = [prepare_module.hash64(f"{en}\t{cs}") for en, cs in zip(some[::2], some[1::2], strict=True)]
+    others = {*zip(whole[::2], whole[1::2], strict=True)} - {*zip(some[::2], some[1::2], strict=True)}
+    assert max(hashes) < min(prepare_module.hash64(f"{en}\t{cs}") for en, cs in others), (
+        "the smallest: a larger sample holds this one"
+    )
