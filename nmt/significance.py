@@ -18,7 +18,7 @@ class Difference:
     delta: float
     """The system's BLEU less the base line's."""
     p: float
-    """sacrebleu's: the share of resamples that differ by as much more than their mean; below 0.05 counts as significant.
+    """sacrebleu's: the share of resamples as far above their mean; below 0.05 is called significant.
     It counts one tail of a difference that is clear, so a two-sided test's p would be about twice as large."""
 
     @property
