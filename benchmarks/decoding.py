@@ -32,6 +32,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 sys.path.insert(0, str(Path(__file__).parent))
 import option_types as types
 
+from tenko.compression.container import artefact_file
 from tenko.launch.rundir import RunDirectory
 from tenko.launch.stage_tools import corpus_of
 from tenko.nmt.config import DecodeConfig
@@ -164,8 +165,7 @@ def main() -> None:
     try:
         run = RunDirectory.read(options.run) if options.run else None
         artefact = run.artefact(options.stage) if run else options.model
-        if not (artefact / "model.safetensors").is_file():
-            raise ValueError(f"{artefact}: no model.safetensors; give a stage, or the folder of an artefact")
+        artefact_file(artefact)
         corpus = Corpus.open(options.corpus) if options.corpus or run is None else corpus_of(run.recipe)
     except (ValueError, OSError) as error:
         parser.error(str(error))

@@ -18,8 +18,8 @@ class Difference:
     delta: float
     """The system's BLEU less the base line's."""
     p: float
-    """sacrebleu's: the share of resamples as far above their mean; below 0.05 is called significant.
-    It counts one tail of a difference that is clear, so a two-sided test's p would be about twice as large."""
+    """sacrebleu's: the share of resamples whose difference is above their mean by as much as this one is above none.
+    Below 0.05 is called significant. It counts one tail: a two-sided test's p would be about twice as large."""
 
     @property
     def significant(self) -> bool:

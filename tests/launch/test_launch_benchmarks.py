@@ -31,7 +31,7 @@ REFUSED = {
     "kernels --megabytes 0": "--megabytes: must be an integer of at least 1, is '0'",
     "kernels --block 7": "--block: must be a multiple of 8, or 0 for the default, is 7",
     "decoding --run no/run": "no/run: does not exist; give the run directory",
-    "decoding --model no/model --corpus no/corpus": "no/model: no model.safetensors",
+    "decoding --model no/model --corpus no/corpus": "no/model/model.safetensors: missing",
     "gradients --run no/run": "--run: no/run: does not exist; give the run directory",
     "quality --seeds one": "--seeds: must be an integer of at least 0, is 'one'",
     "quality --recipe nope": "--recipe nope, route fp32:",
