@@ -19,7 +19,18 @@ from tenko.nmt import checkpoint
 from tenko.nmt.corpus import Corpus
 
 WORKER = Path(__file__).with_name("trainer_worker.py")
-FIRST = ["uncut", "cut", "others_cut", "two_batches", "accumulate", "overflow", "collectives", "shares"]
+FIRST = [
+    "uncut",
+    "cut",
+    "others_cut",
+    "two_batches",
+    "accumulate",
+    "overflow",
+    "collectives",
+    "shares",
+    "norms",
+    "diverged",
+]
 pytestmark = pytest.mark.torchrun
 
 

@@ -292,6 +292,34 @@ def lines_of(trainer: Trainer) -> list[dict[str, Any]]:
     return lines
 
 
+def norms(corpus: Corpus, folder: Path) -> None:
+    """What is clipped by, and told, is the norm of the whole gradient, whoever holds which part of it."""
+    found = []
+    for config in (ANEW["fp32"], SERVER, CommConfig(route="server", bits=8, weight_bits=32)):
+        trainer = trainer_of(corpus, folder / "none", make_route(config, 1), clip_norm=0.05)
+        before = snapshot(trainer)
+        trainer.update()
+        found.append(trainer._figures(0.0)["grad_norm"])
+        assert len(differing(snapshot(trainer), before)) > 0
+        assert trainer.route is not None
+        trainer.route.close()
+    assert found[1:] == pytest.approx([found[0]] * 2, rel=0.02)
+    assert distributed.gather_json(found) == [found] * 2
+
+
+def diverged(corpus: Corpus, folder: Path) -> None:
+    """Ranks that hold other weights are found out at the next validation, not at the end."""
+    trainer = trainer_of(corpus, folder / "none", AllReduce(), max_update=4, valid_interval=2)
+
+    def on_update(update: int) -> None:
+        if update == 2 and dist.get_rank() == 1:
+            with torch.no_grad():
+                next(iter(trainer.parameters.values())).view(-1)[3] += 1e-3
+
+    with pytest.raises(RuntimeError, match=r"weights after update 2 differ between ranks \(rank 0: "):
+        trainer.run(validate=validations(1.0), on_update=on_update)
+
+
 SCENARIOS = {
     scenario.__name__: scenario
     for scenario in (
@@ -305,6 +333,8 @@ SCENARIOS = {
         overflow,
         collectives,
         shares,
+        norms,
+        diverged,
         shared_by_three,
         shared_by_two,
     )

@@ -76,8 +76,14 @@ def test_an_update_is_a_pure_function_of_its_number(shards: PairShards) -> None:
 
 
 def test_the_seed_changes_the_order_and_the_batches(shards: PairShards) -> None:
-    first = [[s["id"].tolist() for s in stream(shards, seed=seed).update(1).samples] for seed in (1, 1, 2)]
+    streams = [stream(shards, seed=seed) for seed in (1, 1, 2)]
+    first = [[s["id"].tolist() for s in each.update(1).samples] for each in streams]
     assert first[0] == first[1] != first[2]
+    order = [[each._batch_number(position) for position in range(each.batches_per_epoch)] for each in streams]
+    assert order[0] == order[1] != order[2], "of batches in an epoch"
+    assert streams[0]._flat.tolist() == streams[1]._flat.tolist() != streams[2]._flat.tolist(), (
+        "of sentences of a length"
+    )
 
 
 @pytest.mark.parametrize("direction", ["en-cs", "cs-en"])

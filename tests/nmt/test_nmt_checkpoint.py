@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tenko.nmt import checkpoint
+from tenko.nmt import checkpoint, checkpoint_parts
 from tenko.nmt.checkpoint import path_of
-from tenko.nmt.checkpoint_parts import sha256
+from tenko.nmt.checkpoint_parts import part_of, sha256, write_part
 
 FILES = ["checksums.json", "model.safetensors", "rank-0.pt", "state.pt"]
 
@@ -241,3 +241,31 @@ def test_average_is_the_mean_of_the_files(tmp_path: Path) -> None:
     shutil.rmtree(folders[1])
     with pytest.raises(ValueError, match="no such checkpoint"):
         checkpoint.average(folders)
+
+
+def test_a_replacement_that_is_cut_between_its_renames_leaves_the_older_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, rename = tmp_path / "best", Path.rename
+    checkpoint.save(target, model_state=weights(1.0), state={})
+
+    def cut(self: Path, to: Path) -> Path:
+        if to == target:
+            raise KeyboardInterrupt
+        return rename(self, to)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", cut)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.save(target, model_state=weights(2.0), state={})
+    checkpoint.sweep(tmp_path)
+    assert checkpoint.load(target)[0]["a"][0, 0] == 1.0
+
+
+def test_sums_of_a_part_appear_when_they_are_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 reads them as soon as it sees them."""
+    seen: list[bool] = []
+    monkeypatch.setattr(checkpoint_parts, "_sync", lambda path: seen.append(part_of(tmp_path, 1).exists()))
+    write_part(tmp_path, rank=1, rank_state={"a": 1})
+    assert seen == [False, False], "of the state, and of the sums"
+    assert part_of(tmp_path, 1).exists()

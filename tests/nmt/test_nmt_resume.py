@@ -343,3 +343,27 @@ def test_a_checkpoint_of_before_micro_batches_were_counted_goes_on(
     trainer, start, _ = finish(small_corpus, tmp_path)
     assert (start, trainer.stream.micro_batches) == (3, 2)
     assert differing(snapshot(trainer), uncut[0]) == []
+
+
+def test_time_and_the_best_loss_go_on_where_they_were(small_corpus: Corpus, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"max_update": 6, "save_interval": 2, "valid_interval": 2, "log_interval": 3}
+    first = toy_trainer(small_corpus, tmp_path, **settings)
+    figures = iter([(3.0, 0.0), (2.0, 0.0)])
+    first.run(validate=lambda: Validation(*next(figures), signature="none"), should_stop=lambda update: update == 4)
+    assert first.seconds > 0
+    again = toy_trainer(small_corpus, tmp_path, **settings)
+    assert again.resume()
+    assert again.seconds == pytest.approx(first.seconds)
+    assert again.sums.seconds_before == first.sums.seconds_before < first.seconds, "of the line of update 3"
+    assert again.sums.tokens == first.sums.tokens > 0
+    again.run(validate=lambda: Validation(2.5, 0.0, "none"))
+    assert again.seconds > first.seconds
+    assert (again.best.update, again.best.nll) == (4, 2.0), "a tie of BLEU is broken by the loss of before"
+
+
+def test_a_training_that_patience_ends_keeps_as_many_as_any(small_corpus: Corpus, tmp_path: Path) -> None:
+    settings = {"max_update": 50, "save_interval": 2, "keep_last": 2, "valid_interval": 3, "patience": 2}
+    trainer = toy_trainer(small_corpus, tmp_path, **settings)
+    trainer.run(validate=validations(3.0, 2.0, 1.0))
+    assert trainer.updates == 9
+    assert checkpoint.list_updates(tmp_path) == [8, 9]

@@ -537,3 +537,49 @@ def test_what_techniques_remember_comes_back(small_corpus: Corpus, tmp_path: Pat
     resumed = Counting()
     assert toy_trainer(small_corpus, tmp_path, techniques=[recorder, resumed], max_update=4).resume()
     assert torch.equal(resumed.count, torch.full((2,), 0.0 + 1 + 2 + 3))
+
+
+def test_skipped_updates_now_and_then_are_no_divergence(small_corpus: Corpus, tmp_path: Path) -> None:
+    """Twelve of them, each between good ones."""
+    trainer = toy_trainer(small_corpus, tmp_path, max_update=24, log_interval=1)
+    lines: list[dict[str, Any]] = []
+    healers = []
+
+    def on_update(update: int) -> None:
+        if healers:
+            healers.pop()()
+        else:
+            healers.append(spoil(trainer, math.nan))
+
+    trainer.run(validate=validations(1.0), on_metrics=lines.append, on_update=on_update)
+    assert sum(line.get("overflows", 0) for line in lines) == 12
+
+
+def test_all_updates_take_time_not_only_those_that_are_told(
+    small_corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = toy_trainer(small_corpus, tmp_path, max_update=4, log_interval=4, keep_updates=(2,))
+    read = trainer.stream.update
+    monkeypatch.setattr(trainer.stream, "update", lambda number: (time.sleep(0.1), read(number))[1])
+    lines: list[dict[str, Any]] = []
+    trainer.run(validate=validations(1.0), on_metrics=lines.append)
+    assert trainer.seconds > 0.4
+    tokens = sum(read(number).target_tokens for number in range(1, 5))
+    assert lines[0]["tokens_per_second"] == pytest.approx(tokens / trainer.seconds, rel=0.02)
+    again = toy_trainer(small_corpus, tmp_path)
+    again.rewind(checkpoint.path_of(tmp_path, 2))
+    assert again.seconds == 0, "a rewound training begins to count anew"
+
+
+def test_patience_waits_for_bleu_whatever_the_loss_does(small_corpus: Corpus, tmp_path: Path) -> None:
+    trainer = toy_trainer(small_corpus, tmp_path, valid_interval=1, patience=2, max_update=9)
+    losses = iter([9.0, 8.0, 7.0])
+    trainer.run(validate=lambda: Validation(next(losses), 5.0, "none"))
+    assert (trainer.stopped_early, trainer.updates) == (True, 3)
+    assert (trainer.best.update, trainer.best.nll) == (3, 7.0), "a tie is broken by the loss all the same"
+
+
+def test_a_notice_at_the_last_update_stops_nothing(small_corpus: Corpus, tmp_path: Path) -> None:
+    trainer = toy_trainer(small_corpus, tmp_path, max_update=2)
+    trainer.run(validate=validations(1.0), should_stop=lambda update: update == 2)
+    assert (trainer.stopped, trainer.updates) == (False, 2)
